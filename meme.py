@@ -1,0 +1,489 @@
+"""MEME: each modality is the conditional prior of the other (Joy et al., ICLR 2022).
+
+    p(s, z, t)  = p(s|z) p(z|t) p(t)                            generative model, and its mirror
+    q(z|s, t)   = q(z|s) q(t|z) / q(t|s)                        posterior, by Bayes' rule
+    L(s -> t)   = E_q(z|s)[ w log p(s|z) p(z|t) / q(z|s) q(t|z) ] + log q(t|s),
+                  w = q(t|z) / q(t|s),  q(t|s) = E_q(z|s) q(t|z)                          Eq. (6)
+    L(s, t)     = ½ [ L(s -> t) + L(t -> s) ]                                             Eq. (2)
+    L(s)        = E_q(z|s)[ log p(s|z) - log q(z|s) + log 1/N Σ_i p(z|u_i) ]              Eq. (4)
+
+The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i are learnable inputs that stand in for a
+missing t. Shapes: B examples, K samples, L latent dimensions, N pseudo-samples. A missing modality is None.
+Run:    python meme.py           # two minutes on two CPU cores, then: python eval.py runs/meme-glyphs-...
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+import data
+import nets
+
+DEFAULTS = {
+    "glyphs": dict(epochs=5, batch_size=64, lr=1e-3, latent_dim=20, samples=3),
+    "mnist-split": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=64),
+    "mnist-split3": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=64),
+    "mnist-svhn": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=20),
+    "cub": dict(epochs=300, batch_size=128, lr=1e-4, latent_dim=64),
+    "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
+    "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
+}
+
+
+def normal(mu, logvar):
+    """A diagonal Gaussian as a distribution: event (L,)."""
+    return Independent(Normal(mu, torch.exp(0.5 * logvar), validate_args=False), 1)
+
+
+def mixture(mu, logvar):
+    """The equal mixture of the Gaussians along the axis before the last: event (L,)."""
+    weights = Categorical(torch.ones_like(mu[..., 0]), validate_args=False)
+    return MixtureSameFamily(weights, normal(mu, logvar), validate_args=False)
+
+
+def log_normal(z, mu, logvar):
+    """log N(z; mu, exp(logvar)), summed over L."""
+    return -0.5 * ((z - mu) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
+
+
+def kl_normal(mu, logvar, prior_mu, prior_logvar):
+    """KL of one diagonal Gaussian to another, summed over L."""
+    error = ((mu - prior_mu) ** 2 + torch.exp(logvar)) * torch.exp(-prior_logvar)
+    return 0.5 * (prior_logvar - logvar + error - 1).sum(-1)
+
+
+class MEME(nn.Module):
+    """kl: "closed" or "sample", the form of the bound; classifier_scale: the factor c on log q(t|s);
+    direction: the modality s of the one direction to train, instead of all; pseudo_samples: N;
+    explicit: "mixture" or "product" of encoders as p(z|t) when t is several modalities (App. E)."""
+
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        samples=10,
+        kl="closed",
+        classifier_scale=10.0,
+        full_gradient=False,
+        direction=None,
+        pseudo_samples=128,
+        explicit="mixture",
+    ):
+        super().__init__()
+        names = [m.name for m in modalities]
+        if direction not in (None, *names):
+            raise ValueError(f"--direction is one of {', '.join(names)}, not {direction!r}")
+        self.modalities, self.latent_dim, self.samples = modalities, latent_dim, samples
+        self.kl, self.explicit = kl, explicit
+        self.classifier_scale, self.full_gradient = classifier_scale, full_gradient
+        self.start = None if direction is None else names.index(direction)
+        self.encoders = nn.ModuleList(
+            m.encoder(latent_dim) for m in modalities
+        )  # q(z|x) and p(z|x)
+        self.decoders = nn.ModuleList(
+            m.decoder(latent_dim) for m in modalities
+        )  # p(x|z) and q(x|z)
+        self.pseudo = nn.ParameterList()  # u_1..N of each modality, of x's shape; words as logits
+        for m, decode in zip(modalities, self.decoders):
+            u = torch.rand(pseudo_samples, *decode(torch.zeros(1, latent_dim)).shape[1:])
+            if m.likelihood == "categorical":
+                u = 8 * F.one_hot(u.argmax(-1), u.shape[-1]).float()
+            self.pseudo.append(nn.Parameter(u))
+
+    @torch.no_grad()
+    def start_pseudo(self, examples):
+        """Copy observed examples, one tensor per modality, over the first pseudo-samples."""
+        for m, u, x in zip(self.modalities, self.pseudo, examples):
+            if m.likelihood == "categorical":
+                x = 8 * F.one_hot(x, u.shape[-1]).float()
+            u[: len(x)] = x[: len(u)]
+
+    def encode(self, xs):
+        """q(z|x_m), which is p(z|x_m) too, for each observed modality. -> M times mu, logvar"""
+        return [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+
+    def pseudo_prior(self, s=None):
+        """The components of eq. 4's prior: p(z|u) for the u of all modalities but s. -> mu, logvar"""
+        others = [m for m in range(len(self.modalities)) if m != s]
+        gaussians = [self.encoders[m](self.pseudo[m], running=True) for m in others]
+        return [
+            torch.cat(parameters) for parameters in zip(*gaussians)
+        ]  # (N, L), or (2N, L) if M = 3
+
+    def log_p(self, m, z, x):
+        """log p(x_m|z), times the likelihood's weight. z (..., B, L) -> (..., B)"""
+        modality = self.modalities[m]
+        return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
+
+    def bound(self, s, xs, gaussians):
+        """L(s -> t), t being all other observed modalities. -> (B,), nats"""
+        t = [m for m, x in enumerate(xs) if x is not None and m != s]
+        mu, logvar = gaussians[s]
+        eps = torch.randn(self.samples, *mu.shape, device=mu.device)  # (K, B, L)
+        z = mu + torch.exp(0.5 * logvar) * eps  # ~ q(z|s)
+        log_p_s = self.log_p(s, z[0], xs[s])  # (B,)
+        log_q_t = sum(self.log_p(m, z, xs[m]) for m in t)  # (K, B)
+        # z_1 has to be in this sum (App. D): else w is unbounded, and training silently collapses
+        log_q_t_given_s = log_q_t.logsumexp(0) - math.log(self.samples)  # Eq. (8), with its 1/K
+        w = torch.exp(log_q_t[0] - log_q_t_given_s)  # in (0, K], its mean is 1
+        if not self.full_gradient:
+            w = w.detach()  # App. B: the first term of eq. (7) is mostly noise
+
+        prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
+        if self.kl == "closed" and len(prior_mu) == 1:
+            kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
+            return w * (log_p_s - log_q_t[0]) - kl + self.classifier_scale * log_q_t_given_s
+        log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0) - math.log(len(prior_mu))
+        log_q_z = log_normal(z[0], mu, logvar)
+        ratio = log_p_s + log_p_z - log_q_z - log_q_t[0]
+        return w * ratio + self.classifier_scale * log_q_t_given_s  # Eq. (6)
+
+    def conditional_prior(self, gaussians):
+        """p(z|t): the components of a mixture of t's encoders, or their product alone (App. E)."""
+        mu, logvar = (torch.stack(parameters) for parameters in zip(*gaussians))  # (n, B, L)
+        if self.explicit == "mixture" or len(mu) == 1:
+            return mu, logvar
+        precision = torch.exp(-logvar)
+        total = precision.sum(0, keepdim=True)
+        return (precision * mu).sum(0, keepdim=True) / total, -total.log()  # (1, B, L)
+
+    def marginal_bound(self, s, x, mu, logvar):
+        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples. -> (B,), nats"""
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        prior_mu, prior_logvar = self.pseudo_prior(s)
+        log_p_z = log_normal(z[:, None], prior_mu, prior_logvar).logsumexp(1) - math.log(
+            len(prior_mu)
+        )
+        return self.log_p(s, z, x) + log_p_z - log_normal(z, mu, logvar)
+
+    def objective(self, *xs):
+        """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
+        gaussians = self.encode(xs)
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        starts = seen if self.start is None else [s for s in seen if s == self.start]
+        if not starts:
+            name = self.modalities[self.start].name
+            raise ValueError(f"--direction {name} needs {name} in every example: --unpaired {name}")
+        if len(seen) == 1:
+            s = seen[0]
+            return self.marginal_bound(s, xs[s], *gaussians[s]).mean()
+        bounds = [self.bound(s, xs, gaussians) for s in starts]
+        return torch.stack(bounds).mean()  # Eq. (2); eq. (11) for M = 3
+
+    def forward(self, streams):
+        """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
+        return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
+
+    def posterior(self, *xs):
+        """q(z|observed): that encoder, or the equal mixture of several. Batch (B,), event (L,)."""
+        seen = [gaussian for gaussian in self.encode(xs) if gaussian is not None]
+        if len(seen) == 1:
+            return normal(*seen[0])
+        return mixture(*(torch.stack(parameters, 1) for parameters in zip(*seen)))
+
+    def prior(self, s=None):
+        """p(z): the mixture over all pseudo-samples, our choice; eq. (4)'s prior of modality s alone."""
+        return mixture(*self.pseudo_prior(s))
+
+    def decode(self, z):
+        """The mean of each p(x_m|z): M tensors, z.shape[:-1] + x_m's shape."""
+        return [nets.mean(m, decode(z)) for m, decode in zip(self.modalities, self.decoders)]
+
+    @torch.no_grad()
+    def log_likelihood(self, *xs, samples=1000, given=None):
+        """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
+        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        if given is None:
+            q, p = self.posterior(*xs), self.prior(seen[0] if len(seen) == 1 else None)
+        else:
+            known = [g if x is None else x for x, g in zip(xs, given)]
+            q, p = self.posterior(*known), self.posterior(*given)
+        z = q.sample((samples,))  # (K, B, L)
+        log_p = [nets.log_prob(self.modalities[m], self.decoders[m](z), xs[m]) for m in seen]
+        log_w = sum(log_p) + p.log_prob(z) - q.log_prob(z)
+        return log_w.logsumexp(0) - math.log(samples)
+
+
+# ------------------------------------------------------------------- the loop, one text in five scripts
+
+FREE = {
+    "epochs",
+    "lr",
+    "device",
+    "amp",
+    "compile",
+    "data",
+    "out",
+    "resume",
+}  # may change on --resume
+
+
+def at_least(low):
+    """An argparse type: an integer from `low` on."""
+
+    def integer(text):
+        if not low <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer from {low} on")
+        return int(text)
+
+    return integer
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return float(text)
+
+
+def write(path, content):
+    """Write bytes beside their place and rename, so that a kill leaves the old file or the new."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save(run, model, optimizer, epoch, log):
+    """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
+    checkpoint, table = io.BytesIO(), io.StringIO()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"epoch": epoch, "log": log}, checkpoint)
+    write(run / "checkpoint.pt", checkpoint.getbuffer())
+    rows = csv.DictWriter(table, log[0] if log else ["epoch"])
+    rows.writeheader()
+    rows.writerows(log)
+    write(run / "log.csv", table.getvalue().encode())
+
+
+@torch.no_grad()
+def nats(model, xs):
+    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
+    model.eval()
+    z, found = model.posterior(*xs).sample(), []
+    for m, decode, x in zip(model.modalities, model.decoders, xs):
+        found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
+    model.train()
+    return found
+
+
+def main(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="glyphs")
+    chosen = first.parse_known_args(argv)[0].dataset
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = p.add_argument
+    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
+    flag("--data", default="./data", help="folder of the data sets")
+    flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
+    flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
+    flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
+    flag("--epochs", type=at_least(1))
+    flag("--batch-size", type=at_least(1))
+    flag("--lr", type=positive, help="learning rate of Adam")
+    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--likelihoods", help="one per modality, as in laplace,laplace")
+    flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
+    flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
+    flag("--seed", type=at_least(0), default=0)
+    flag("--limit", type=at_least(1), help="only the first N training examples")
+    flag(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
+    )
+    flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
+    flag("--resume", action="store_true", help="continue the run in its folder")
+    common = set(vars(p.parse_args([])))
+    flag = p.add_argument_group("options of MEME").add_argument  # this script only
+    flag("--samples", type=at_least(1), default=10, help="K, eq. (8)")  # this script only
+    flag("--kl", default="closed", choices=["closed", "sample"])  # this script only
+    flag("--classifier-scale", type=float, default=10.0, help="c")  # this script only
+    flag("--full-gradient", action="store_true", help="keep w's gradient")  # this script only
+    flag("--direction", metavar="NAME", help="only L(NAME -> t)")  # this script only
+    flag("--pseudo-samples", type=at_least(1), default=128, help="N, eq. (4)")  # this script only
+    flag("--explicit", default="mixture", choices=["mixture", "product"])  # this script only
+    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
+    args = p.parse_args(argv)
+
+    # The run folder is named after what makes the run, and a run in it is never overwritten.
+    name = [Path(__file__).stem]
+    for key, value in vars(args).items():
+        if key not in common and value != p.get_default(key):
+            name.append(f"{key}={value}".replace("_", "-"))
+    name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
+    run = Path(args.out or Path("runs", "-".join(name)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    saved, state = {}, {}
+    if args.resume:
+        try:
+            saved = json.loads((run / "args.json").read_text())
+            p.set_defaults(**{k: saved[k] for k in vars(args).keys() & saved - {"device", "out"}})
+            if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
+                state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # missing, cut short, or never a run
+            p.error(f"{run} holds no run to resume ({type(error).__name__}: {error})")
+        args = p.parse_args(argv)
+    elif rank == 0 and (run / "checkpoint.pt").exists():
+        p.error(f"{run} holds a run: continue it with --resume, or name another folder with --out")
+
+    # Data and model. What a user got wrong is said in one sentence, before anything is written.
+    options = {key: value for key, value in vars(args).items() if key not in common}
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
+        if args.batch_size < world:
+            raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
+        dataset = data.load(args.dataset, args.data, args.limit)
+        usual = p.get_default("paired"), p.get_default("unpaired")
+        if dataset.mask is not None and (args.paired, args.unpaired) != usual:
+            raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
+        asked = args.paired, args.unpaired, args.seed, dataset.mask
+        streams = data.pairing(len(dataset.train), dataset.names, *asked)
+        spec = dataset.spec | {"width": args.width}
+        for key in ("likelihoods", "weights"):
+            spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
+        torch.manual_seed(args.seed)
+        model = MEME(nets.modalities(**spec), args.latent_dim, **options)  # this script only
+    except ValueError as error:
+        p.error(str(error))
+    record = {
+        "version": 1,
+        "script": Path(__file__).stem,
+        "model": type(model).__name__,
+        **vars(args),
+    }
+    record |= {
+        "options": options,
+        "spec": spec,
+        "note": dataset.note,
+        "examples": len(dataset.train),
+    }
+    record = json.loads(json.dumps(record))
+    for key in record:
+        if saved and key not in FREE and saved.get(key) != record[key]:
+            p.error(
+                f"{run} has {key} {saved.get(key)}, not {record[key]}, which --resume cannot change"
+            )
+
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    train, net = dataset.train.to(args.device), model.to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    if not state:  # this script only
+        model.start_pseudo(data.observed(train, streams, args.pseudo_samples))  # this script only
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # of other sizes or another model
+            p.error(f"{run / 'checkpoint.pt'} does not fit this model: {error}")
+        optimizer.param_groups[0]["lr"] = args.lr
+    start, log = state.get("epoch", 0), state.get("log", [])
+    if world > 1:  # a stream of one modality leaves the other decoders unused
+        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    if args.compile:
+        net = torch.compile(net)
+
+    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
+    fullest, index = streams[0]
+    sample = data.show(train, fullest, index[:256].to(args.device))  # for the nats of each epoch
+    epoch, began = start, time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        if rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            write(run / "args.json", json.dumps(record, indent=1).encode())
+            save(run, model, optimizer, start, log)
+            weights = sum(w.numel() for w in model.parameters())
+            print(f"{run}: {weights:,} weights, {len(train):,} examples", dataset.note, flush=True)
+        for epoch in range(start + 1, args.epochs + 1):
+            seed = 1_000_003 * args.seed + epoch
+            torch.manual_seed(4_099 * seed + rank)  # the noise
+            order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
+            losses, total, epoch_began, tick = [], 0.0, time.perf_counter(), 0.0
+            loader = data.batches(
+                train, streams, args.batch_size, args.sampling, order, rank, world
+            )
+            for step, batch in enumerate(loader, 1):
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                    loss = net(batch)  # (S,)
+                optimizer.zero_grad(set_to_none=True)
+                loss.sum().backward()
+                optimizer.step()
+
+                losses.append(loss.detach())
+                now = time.perf_counter()
+                if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
+                    for at, values in enumerate(losses, step + 1 - len(losses)):
+                        for value, (shown, _) in zip(values.tolist(), streams):
+                            total += value
+                            if not math.isfinite(value):
+                                what = "+".join(n for n, seen in zip(dataset.names, shown) if seen)
+                                raise FloatingPointError(
+                                    f"the loss of {what} is {value} in step {at}"
+                                )
+                    losses, tick = [], now
+                    if rank == 0 and sys.stdout.isatty():
+                        left = (now - epoch_began) / step * (steps - step)
+                        print(
+                            f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" "
+                        )
+
+            if not all(w.isfinite().all() for w in model.parameters()):
+                raise FloatingPointError(f"weights are not finite after step {steps}")
+            if world > 1:  # the mean over ranks is the objective of the union of their batches
+                total = torch.tensor(total, device=args.device)
+                torch.distributed.all_reduce(total)
+                total = total.item() / world
+            if rank == 0:
+                seconds = time.perf_counter() - epoch_began
+                speed = sum(sizes) * steps / seconds
+                row = {"epoch": epoch, "objective": -total / steps}
+                row |= {f"nats_{n}": value for n, value in zip(dataset.names, nats(model, sample))}
+                log.append(row | {"examples_per_second": speed, "seconds": seconds})
+                save(run, model, optimizer, epoch, log)
+                left = (time.perf_counter() - began) / (epoch - start) * (args.epochs - epoch)
+                text = "  ".join(
+                    f"{key} {value:.2f}" for key, value in row.items() if key != "epoch"
+                )
+                text += f"  {speed:.0f} examples/s  {left / 60:.1f} minutes left"
+                print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
+    except FloatingPointError as error:
+        p.exit(
+            2, f"\n{run}: epoch {epoch}: {error}; epoch {epoch - 1} is kept: --resume --lr less\n"
+        )
+    except OSError as error:
+        p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"\n{run}: stopped in epoch {epoch}; add --resume to go on\n")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"python eval.py {run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""MMVAE: the joint posterior is a mixture of experts (Shi et al., NeurIPS 2019).
+
+    p(x_1..M, z) = p(z) Π_m p(x_m|z),  p(z) of learned scale               generative model
+    q(z|X)       = 1/M Σ_m q_m(z|x_m)                                      over the observed m
+    w_r          = p(z_r) Π_m p(x_m|z_r) / q(z_r|X),  z_r ~ q_r(z|x_r)     a sample of expert r
+    L(X)         = 1/M Σ_r E[ log 1/K Σ_k w_r,k ]                          "iwae", looser (default)
+                   E[ log 1/MK Σ_r Σ_k w_r,k ]                             --tight
+                   1/M Σ_r E[ log w_r ]                                    "elbo"
+
+"dreg" has the value of "iwae" and the doubly reparameterised gradient of Tucker et al. (2019) as published.
+Shapes: B examples, K samples, R experts, L latent dimensions. A missing modality is None.
+Run:    python mmvae.py          # two minutes on two CPU cores, then: python eval.py runs/mmvae-glyphs-...
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal
+
+import data
+import nets
+
+DEFAULTS = {
+    "glyphs": dict(epochs=5, batch_size=64, lr=1e-3, latent_dim=20, samples=3),
+    "mnist-split": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=64),
+    "mnist-split3": dict(epochs=50, batch_size=128, lr=1e-3, latent_dim=64),
+    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20, samples=30),
+    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64, samples=50),
+    "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
+    "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
+}
+DEFAULTS["mnist-svhn"] |= dict(weights=f"{3072 / 784},1")  # as many nats for MNIST as for SVHN
+
+
+class MMVAE(nn.Module):
+    """objective: "iwae", "elbo" or "dreg"; samples: K; tight: the mean over experts inside the log;
+    posterior: "normal" or "laplace", of which logvar is 2 log b and the prior is one, too."""
+
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        objective="iwae",
+        samples=10,
+        tight=False,
+        posterior="normal",
+    ):
+        super().__init__()
+        self.modalities, self.latent_dim = modalities, latent_dim
+        self.estimator, self.samples, self.tight = objective, samples, tight
+        self.family = {"normal": Normal, "laplace": Laplace}[posterior]
+        self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q_m(z|x_m)
+        self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)  # p(x_m|z)
+        self.prior_logvar = nn.Parameter(torch.zeros(latent_dim))
+
+    def encode(self, xs):
+        """The experts of the observed modalities. -> mu, logvar, each (R, B, L)"""
+        experts = [encode(x) for encode, x in zip(self.encoders, xs) if x is not None]
+        return [torch.stack(parameters) for parameters in zip(*experts)]
+
+    def log_density(self, z, mu, logvar):
+        """log of a Gaussian, or Laplace, density, summed over L."""
+        error = (z - mu) * torch.exp(-0.5 * logvar)
+        if self.family is Laplace:
+            return -(error.abs() + 0.5 * logvar + math.log(2)).sum(-1)
+        return -0.5 * (error**2 + logvar + math.log(2 * math.pi)).sum(-1)
+
+    def log_p(self, m, z, x):
+        """log p(x_m|z), times the likelihood's weight. z (..., B, L) -> (..., B)"""
+        modality = self.modalities[m]
+        return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
+
+    def log_weights(self, xs, z, mu, logvar):
+        """log w of the samples z (R, K, B, L) of the experts mu, logvar. -> (R, K, B)"""
+        log_p_x = sum(self.log_p(m, z, x) for m, x in enumerate(xs) if x is not None)
+        log_p_z = self.log_density(z, torch.zeros_like(self.prior_logvar), self.prior_logvar)
+        log_q_m = self.log_density(z, mu[:, None, None], logvar[:, None, None])  # (R, R, K, B)
+        log_q_z = log_q_m.logsumexp(0) - math.log(len(mu))
+        return log_p_x + log_p_z - log_q_z
+
+    def objective(self, *xs):
+        """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
+        mu, logvar = self.encode(xs)
+        eps = self.noise(mu)  # (R, K, B, L)
+        z = mu[:, None] + torch.exp(0.5 * logvar[:, None]) * eps
+        over = (0, 1) if self.tight else (1,)
+        if self.estimator == "elbo":
+            return self.log_weights(xs, z, mu, logvar).mean()
+        if self.estimator == "dreg":  # the encoders learn through z alone
+            mu, logvar = mu.detach(), logvar.detach()
+        log_w = self.log_weights(xs, z, mu, logvar)  # (R, K, B)
+        bound = (log_w.logsumexp(over) - math.log(math.prod(log_w.shape[k] for k in over))).mean()
+        if self.estimator == "dreg":
+            w = log_w.detach().flatten(0, 1).softmax(0) if self.tight else log_w.detach().softmax(1)
+            w = w.view_as(log_w)
+            if z.requires_grad:
+                z.register_hook(lambda gradient: w[..., None] * gradient)  # w^2 for the encoders
+            surrogate = (w * log_w).sum(over).mean()
+            bound = bound.detach() + surrogate - surrogate.detach()
+        return bound
+
+    def noise(self, mu):
+        """Standard noise, K samples for each expert. mu (R, B, L) -> (R, K, B, L)"""
+        shape = len(mu), self.samples, *mu.shape[1:]
+        if self.family is Laplace:
+            return Laplace(torch.zeros_like(mu[0]), 1.0, validate_args=False).sample(shape[:2])
+        return torch.randn(shape, device=mu.device)
+
+    def forward(self, streams):
+        """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
+        return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
+
+    def posterior(self, *xs):
+        """q(z|observed): the equal mixture of the observed experts. Batch (B,), event (L,)."""
+        mu, logvar = self.encode(xs)
+        experts = self.distribution(mu.transpose(0, 1), logvar.transpose(0, 1))  # (B, R), L
+        equal = Categorical(torch.ones_like(mu[..., 0].T), validate_args=False)
+        return MixtureSameFamily(equal, experts, validate_args=False)
+
+    def distribution(self, mu, logvar):
+        return Independent(self.family(mu, torch.exp(0.5 * logvar), validate_args=False), 1)
+
+    def prior(self):
+        """p(z), of mean 0 and learned scale, event (L,)."""
+        return self.distribution(torch.zeros_like(self.prior_logvar), self.prior_logvar)
+
+    def decode(self, z):
+        """The mean of each p(x_m|z): M tensors, z.shape[:-1] + x_m's shape."""
+        return [nets.mean(m, decode(z)) for m, decode in zip(self.modalities, self.decoders)]
+
+    @torch.no_grad()
+    def log_likelihood(self, *xs, samples=1000, given=None):
+        """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
+        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        if given is None:
+            q, p = self.posterior(*xs), self.prior()
+        else:
+            known = [g if x is None else x for x, g in zip(xs, given)]
+            q, p = self.posterior(*known), self.posterior(*given)
+        z = q.sample((samples,))  # (K, B, L)
+        log_p = [nets.log_prob(self.modalities[m], self.decoders[m](z), xs[m]) for m in seen]
+        log_w = sum(log_p) + p.log_prob(z) - q.log_prob(z)
+        return log_w.logsumexp(0) - math.log(samples)
+
+
+# ------------------------------------------------------------------- the loop, one text in five scripts
+
+FREE = {
+    "epochs",
+    "lr",
+    "device",
+    "amp",
+    "compile",
+    "data",
+    "out",
+    "resume",
+}  # may change on --resume
+
+
+def at_least(low):
+    """An argparse type: an integer from `low` on."""
+
+    def integer(text):
+        if not low <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer from {low} on")
+        return int(text)
+
+    return integer
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return float(text)
+
+
+def write(path, content):
+    """Write bytes beside their place and rename, so that a kill leaves the old file or the new."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save(run, model, optimizer, epoch, log):
+    """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
+    checkpoint, table = io.BytesIO(), io.StringIO()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"epoch": epoch, "log": log}, checkpoint)
+    write(run / "checkpoint.pt", checkpoint.getbuffer())
+    rows = csv.DictWriter(table, log[0] if log else ["epoch"])
+    rows.writeheader()
+    rows.writerows(log)
+    write(run / "log.csv", table.getvalue().encode())
+
+
+@torch.no_grad()
+def nats(model, xs):
+    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
+    model.eval()
+    z, found = model.posterior(*xs).sample(), []
+    for m, decode, x in zip(model.modalities, model.decoders, xs):
+        found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
+    model.train()
+    return found
+
+
+def main(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="glyphs")
+    chosen = first.parse_known_args(argv)[0].dataset
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = p.add_argument
+    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
+    flag("--data", default="./data", help="folder of the data sets")
+    flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
+    flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
+    flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
+    flag("--epochs", type=at_least(1))
+    flag("--batch-size", type=at_least(1))
+    flag("--lr", type=positive, help="learning rate of Adam")
+    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--likelihoods", help="one per modality, as in laplace,laplace")
+    flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
+    flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
+    flag("--seed", type=at_least(0), default=0)
+    flag("--limit", type=at_least(1), help="only the first N training examples")
+    flag(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
+    )
+    flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
+    flag("--resume", action="store_true", help="continue the run in its folder")
+    common = set(vars(p.parse_args([])))
+    flag = p.add_argument_group("options of MMVAE").add_argument  # this script only
+    flag("--objective", default="iwae", choices=["iwae", "elbo", "dreg"])  # this script only
+    flag("--samples", type=at_least(1), default=10, help="K")  # this script only
+    flag("--tight", action="store_true", help="the mixture inside the log")  # this script only
+    flag("--posterior", default="normal", choices=["normal", "laplace"])  # this script only
+    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
+    args = p.parse_args(argv)
+
+    # The run folder is named after what makes the run, and a run in it is never overwritten.
+    name = [Path(__file__).stem]
+    for key, value in vars(args).items():
+        if key not in common and value != p.get_default(key):
+            name.append(f"{key}={value}".replace("_", "-"))
+    name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
+    run = Path(args.out or Path("runs", "-".join(name)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    saved, state = {}, {}
+    if args.resume:
+        try:
+            saved = json.loads((run / "args.json").read_text())
+            p.set_defaults(**{k: saved[k] for k in vars(args).keys() & saved - {"device", "out"}})
+            if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
+                state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # missing, cut short, or never a run
+            p.error(f"{run} holds no run to resume ({type(error).__name__}: {error})")
+        args = p.parse_args(argv)
+    elif rank == 0 and (run / "checkpoint.pt").exists():
+        p.error(f"{run} holds a run: continue it with --resume, or name another folder with --out")
+
+    # Data and model. What a user got wrong is said in one sentence, before anything is written.
+    options = {key: value for key, value in vars(args).items() if key not in common}
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
+        if args.batch_size < world:
+            raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
+        dataset = data.load(args.dataset, args.data, args.limit)
+        usual = p.get_default("paired"), p.get_default("unpaired")
+        if dataset.mask is not None and (args.paired, args.unpaired) != usual:
+            raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
+        asked = args.paired, args.unpaired, args.seed, dataset.mask
+        streams = data.pairing(len(dataset.train), dataset.names, *asked)
+        spec = dataset.spec | {"width": args.width}
+        for key in ("likelihoods", "weights"):
+            spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
+        torch.manual_seed(args.seed)
+        model = MMVAE(nets.modalities(**spec), args.latent_dim, **options)  # this script only
+    except ValueError as error:
+        p.error(str(error))
+    record = {
+        "version": 1,
+        "script": Path(__file__).stem,
+        "model": type(model).__name__,
+        **vars(args),
+    }
+    record |= {
+        "options": options,
+        "spec": spec,
+        "note": dataset.note,
+        "examples": len(dataset.train),
+    }
+    record = json.loads(json.dumps(record))
+    for key in record:
+        if saved and key not in FREE and saved.get(key) != record[key]:
+            p.error(
+                f"{run} has {key} {saved.get(key)}, not {record[key]}, which --resume cannot change"
+            )
+
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    train, net = dataset.train.to(args.device), model.to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # of other sizes or another model
+            p.error(f"{run / 'checkpoint.pt'} does not fit this model: {error}")
+        optimizer.param_groups[0]["lr"] = args.lr
+    start, log = state.get("epoch", 0), state.get("log", [])
+    if world > 1:  # a stream of one modality leaves the other decoders unused
+        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    if args.compile:
+        net = torch.compile(net)
+
+    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
+    fullest, index = streams[0]
+    sample = data.show(train, fullest, index[:256].to(args.device))  # for the nats of each epoch
+    epoch, began = start, time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        if rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            write(run / "args.json", json.dumps(record, indent=1).encode())
+            save(run, model, optimizer, start, log)
+            weights = sum(w.numel() for w in model.parameters())
+            print(f"{run}: {weights:,} weights, {len(train):,} examples", dataset.note, flush=True)
+        for epoch in range(start + 1, args.epochs + 1):
+            seed = 1_000_003 * args.seed + epoch
+            torch.manual_seed(4_099 * seed + rank)  # the noise
+            order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
+            losses, total, epoch_began, tick = [], 0.0, time.perf_counter(), 0.0
+            loader = data.batches(
+                train, streams, args.batch_size, args.sampling, order, rank, world
+            )
+            for step, batch in enumerate(loader, 1):
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                    loss = net(batch)  # (S,)
+                optimizer.zero_grad(set_to_none=True)
+                loss.sum().backward()
+                optimizer.step()
+
+                losses.append(loss.detach())
+                now = time.perf_counter()
+                if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
+                    for at, values in enumerate(losses, step + 1 - len(losses)):
+                        for value, (shown, _) in zip(values.tolist(), streams):
+                            total += value
+                            if not math.isfinite(value):
+                                what = "+".join(n for n, seen in zip(dataset.names, shown) if seen)
+                                raise FloatingPointError(
+                                    f"the loss of {what} is {value} in step {at}"
+                                )
+                    losses, tick = [], now
+                    if rank == 0 and sys.stdout.isatty():
+                        left = (now - epoch_began) / step * (steps - step)
+                        print(
+                            f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" "
+                        )
+
+            if not all(w.isfinite().all() for w in model.parameters()):
+                raise FloatingPointError(f"weights are not finite after step {steps}")
+            if world > 1:  # the mean over ranks is the objective of the union of their batches
+                total = torch.tensor(total, device=args.device)
+                torch.distributed.all_reduce(total)
+                total = total.item() / world
+            if rank == 0:
+                seconds = time.perf_counter() - epoch_began
+                speed = sum(sizes) * steps / seconds
+                row = {"epoch": epoch, "objective": -total / steps}
+                row |= {f"nats_{n}": value for n, value in zip(dataset.names, nats(model, sample))}
+                log.append(row | {"examples_per_second": speed, "seconds": seconds})
+                save(run, model, optimizer, epoch, log)
+                left = (time.perf_counter() - began) / (epoch - start) * (args.epochs - epoch)
+                text = "  ".join(
+                    f"{key} {value:.2f}" for key, value in row.items() if key != "epoch"
+                )
+                text += f"  {speed:.0f} examples/s  {left / 60:.1f} minutes left"
+                print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
+    except FloatingPointError as error:
+        p.exit(
+            2, f"\n{run}: epoch {epoch}: {error}; epoch {epoch - 1} is kept: --resume --lr less\n"
+        )
+    except OSError as error:
+        p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"\n{run}: stopped in epoch {epoch}; add --resume to go on\n")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"python eval.py {run}")
+
+
+if __name__ == "__main__":
+    main()
