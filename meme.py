@@ -89,12 +89,8 @@ class MEME(nn.Module):
         self.kl, self.explicit = kl, explicit
         self.classifier_scale, self.full_gradient = classifier_scale, full_gradient
         self.start = None if direction is None else names.index(direction)
-        self.encoders = nn.ModuleList(
-            m.encoder(latent_dim) for m in modalities
-        )  # q(z|x) and p(z|x)
-        self.decoders = nn.ModuleList(
-            m.decoder(latent_dim) for m in modalities
-        )  # p(x|z) and q(x|z)
+        self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q, p(z|x_m)
+        self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)  # p, q(x_m|z)
         self.pseudo = nn.ParameterList()  # u_1..N of each modality, of x's shape; words as logits
         for m, decode in zip(modalities, self.decoders):
             u = torch.rand(pseudo_samples, *decode(torch.zeros(1, latent_dim)).shape[1:])
@@ -115,17 +111,24 @@ class MEME(nn.Module):
         return [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
 
     def pseudo_prior(self, s=None):
-        """The components of eq. 4's prior: p(z|u) for the u of all modalities but s. -> mu, logvar"""
+        """The components of eq. (4)'s prior, p(z|u_i), for the u of all modalities but s.
+        -> mu, logvar, each (N, L), for M = 3 (2N, L)"""
         others = [m for m in range(len(self.modalities)) if m != s]
         gaussians = [self.encoders[m](self.pseudo[m], running=True) for m in others]
-        return [
-            torch.cat(parameters) for parameters in zip(*gaussians)
-        ]  # (N, L), or (2N, L) if M = 3
+        return [torch.cat(parameters) for parameters in zip(*gaussians)]
 
     def log_p(self, m, z, x):
         """log p(x_m|z), times the likelihood's weight. z (..., B, L) -> (..., B)"""
         modality = self.modalities[m]
         return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
+
+    def weigh(self, log_q_t):
+        """log q(t|s) and w, the weight of z_1, from log q(t|z_k), (K, B). -> (B,), (B,)"""
+        # z_1 has to be in this sum (App. D): else w is unbounded, and training silently collapses
+        log_q_t_given_s = log_q_t.logsumexp(0) - math.log(len(log_q_t))  # Eq. (8), with its 1/K
+        w = torch.exp(log_q_t[0] - log_q_t_given_s)  # Eq. (10): in (0, K], its mean is 1
+        # App. B: the gradient of w, the first term of eq. (7), is mostly noise
+        return log_q_t_given_s, w if self.full_gradient else w.detach()
 
     def bound(self, s, xs, gaussians):
         """L(s -> t), t being all other observed modalities. -> (B,), nats"""
@@ -135,12 +138,7 @@ class MEME(nn.Module):
         z = mu + torch.exp(0.5 * logvar) * eps  # ~ q(z|s)
         log_p_s = self.log_p(s, z[0], xs[s])  # (B,)
         log_q_t = sum(self.log_p(m, z, xs[m]) for m in t)  # (K, B)
-        # z_1 has to be in this sum (App. D): else w is unbounded, and training silently collapses
-        log_q_t_given_s = log_q_t.logsumexp(0) - math.log(self.samples)  # Eq. (8), with its 1/K
-        w = torch.exp(log_q_t[0] - log_q_t_given_s)  # in (0, K], its mean is 1
-        if not self.full_gradient:
-            w = w.detach()  # App. B: the first term of eq. (7) is mostly noise
-
+        log_q_t_given_s, w = self.weigh(log_q_t)
         prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
         if self.kl == "closed" and len(prior_mu) == 1:
             kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
@@ -163,28 +161,30 @@ class MEME(nn.Module):
         """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples. -> (B,), nats"""
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         prior_mu, prior_logvar = self.pseudo_prior(s)
-        log_p_z = log_normal(z[:, None], prior_mu, prior_logvar).logsumexp(1) - math.log(
-            len(prior_mu)
-        )
+        log_p_z_u = log_normal(z[:, None], prior_mu, prior_logvar)  # (B, N)
+        log_p_z = log_p_z_u.logsumexp(1) - math.log(len(prior_mu))
         return self.log_p(s, z, x) + log_p_z - log_normal(z, mu, logvar)
 
     def objective(self, *xs):
         """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
         gaussians = self.encode(xs)
         seen = [m for m, x in enumerate(xs) if x is not None]
-        starts = seen if self.start is None else [s for s in seen if s == self.start]
-        if not starts:
-            name = self.modalities[self.start].name
-            raise ValueError(f"--direction {name} needs {name} in every example: --unpaired {name}")
         if len(seen) == 1:
             s = seen[0]
             return self.marginal_bound(s, xs[s], *gaussians[s]).mean()
+        starts = seen if self.start is None else [self.start]
         bounds = [self.bound(s, xs, gaussians) for s in starts]
         return torch.stack(bounds).mean()  # Eq. (2); eq. (11) for M = 3
 
     def forward(self, streams):
         """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
+
+    def refuse_untrained(self, masks):
+        """A single direction s -> t trains nothing on examples without s."""
+        if self.start is not None and not all(mask[self.start] for mask in masks):
+            name = self.modalities[self.start].name
+            raise ValueError(f"--direction {name} needs {name} everywhere: add --unpaired {name}")
 
     def posterior(self, *xs):
         """q(z|observed): that encoder, or the equal mixture of several. Batch (B,), event (L,)."""
@@ -275,6 +275,8 @@ def save(run, model, optimizer, epoch, log):
 def nats(model, xs):
     """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
     model.eval()
+    if not model([(1.0, xs)]).isfinite():
+        raise FloatingPointError("the objective is not finite after its last step")
     z, found = model.posterior(*xs).sample(), []
     for m, decode, x in zip(model.modalities, model.decoders, xs):
         found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
@@ -287,6 +289,7 @@ def main(argv=None):
     first.add_argument("--dataset", default="glyphs")
     chosen = first.parse_known_args(argv)[0].dataset
     p = argparse.ArgumentParser(
+        prog=Path(__file__).name,
         description=__doc__.splitlines()[0],
         usage="%(prog)s [--dataset NAME] [--paired F] [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -338,7 +341,9 @@ def main(argv=None):
     if args.resume:
         try:
             saved = json.loads((run / "args.json").read_text())
-            p.set_defaults(**{k: saved[k] for k in vars(args).keys() & saved - {"device", "out"}})
+            p.set_defaults(
+                **{k: saved[k] for k in vars(args).keys() & saved.keys() - {"device", "out"}}
+            )
             if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
                 state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # missing, cut short, or never a run
@@ -365,6 +370,7 @@ def main(argv=None):
             spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
         torch.manual_seed(args.seed)
         model = MEME(nets.modalities(**spec), args.latent_dim, **options)  # this script only
+        model.refuse_untrained([shown for shown, _ in streams])  # this script only
     except ValueError as error:
         p.error(str(error))
     record = {
@@ -452,8 +458,6 @@ def main(argv=None):
                             f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" "
                         )
 
-            if not all(w.isfinite().all() for w in model.parameters()):
-                raise FloatingPointError(f"weights are not finite after step {steps}")
             if world > 1:  # the mean over ranks is the objective of the union of their batches
                 total = torch.tensor(total, device=args.device)
                 torch.distributed.all_reduce(total)

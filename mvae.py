@@ -187,6 +187,8 @@ def save(run, model, optimizer, epoch, log):
 def nats(model, xs):
     """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
     model.eval()
+    if not model([(1.0, xs)]).isfinite():
+        raise FloatingPointError("the objective is not finite after its last step")
     z, found = model.posterior(*xs).sample(), []
     for m, decode, x in zip(model.modalities, model.decoders, xs):
         found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
@@ -199,6 +201,7 @@ def main(argv=None):
     first.add_argument("--dataset", default="glyphs")
     chosen = first.parse_known_args(argv)[0].dataset
     p = argparse.ArgumentParser(
+        prog=Path(__file__).name,
         description=__doc__.splitlines()[0],
         usage="%(prog)s [--dataset NAME] [--paired F] [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -228,8 +231,8 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of MVAE").add_argument  # this script only
-    flag("--subsets", type=at_least(0), default=0, help="random ones, M > 2")  # this script only
-    flag("--anneal", type=at_least(0), default=0, help="epochs until beta is 1")  # this script only
+    flag("--subsets", type=at_least(0), default=0, help="if M > 2")  # this script only
+    flag("--anneal", type=at_least(0), default=0, help="epochs to beta = 1")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 
@@ -245,7 +248,9 @@ def main(argv=None):
     if args.resume:
         try:
             saved = json.loads((run / "args.json").read_text())
-            p.set_defaults(**{k: saved[k] for k in vars(args).keys() & saved - {"device", "out"}})
+            p.set_defaults(
+                **{k: saved[k] for k in vars(args).keys() & saved.keys() - {"device", "out"}}
+            )
             if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
                 state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # missing, cut short, or never a run
@@ -358,8 +363,6 @@ def main(argv=None):
                             f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" "
                         )
 
-            if not all(w.isfinite().all() for w in model.parameters()):
-                raise FloatingPointError(f"weights are not finite after step {steps}")
             if world > 1:  # the mean over ranks is the objective of the union of their batches
                 total = torch.tensor(total, device=args.device)
                 torch.distributed.all_reduce(total)
