@@ -5,23 +5,30 @@ torch.distributions, estimators against their expectation, loops against themsel
 """
 
 import ast
+import gzip
+import io
 import itertools
 import json
 import math
 import os
-import re
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+import types
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 import data
+import eval as evaluation
 import meme
 import mmvae
 import mvae
@@ -40,6 +47,7 @@ CLASSES = {
 }
 NOISE = 0.7  # the standard deviation of every x given z in the linear-Gaussian models
 L = 2
+torch.set_num_threads(1)  # tiny models: threads would wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -966,6 +974,1475 @@ def test_files_that_are_not_what_they_should_be_are_refused_in_a_sentence(
         data.load(str(tmp_path / "cut.npz"))
     with pytest.raises(ValueError, match="no file"):
         data.load(str(tmp_path / "absent.npz"))
+
+
+# ------------------------------------------------------------------------------------------ CUB
+
+CAPTIONS = ["this bird has a Red belly, and red-tipped wings.", "the bird's beak is small."]
+SPECIES = {"train": ("001.Albatross", "002.Ani"), "test": ("003.Auklet",)}
+
+
+def photo(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((100, 80)).save(path)
+
+
+def shi(root):
+    """Three species with two photos each, Shi et al.'s layout."""
+    cub = root / "cub"
+    for split, species in SPECIES.items():
+        for name in species:
+            for k in range(2):
+                photo(cub / split / name / f"{k}.jpg", 10 * int(name[:3]) + k)
+    (cub / "text_trainvalclasses.txt").write_text("\n".join(CAPTIONS * 20) + "\n")
+    (cub / "text_testclasses.txt").write_text("\n".join(CAPTIONS * 10) + "\n")
+    return cub
+
+
+def originals(root):
+    """The same in the layout of the original archives."""
+    cub = root / "cub"
+    for species in SPECIES.values():
+        for name in species:
+            for k in range(2):
+                photo(cub / "CUB_200_2011" / "images" / name / f"{k}.jpg", 10 * int(name[:3]) + k)
+                text = cub / "text_c10" / name / f"{k}.txt"
+                text.parent.mkdir(parents=True, exist_ok=True)
+                text.write_text("\n".join(f"{name} {k} {line}" for line in CAPTIONS * 5) + "\n")
+    (cub / "trainclasses.txt").write_text("001.Albatross\n")
+    (cub / "valclasses.txt").write_text("002.Ani\r\n")
+    (cub / "testclasses.txt").write_text("003.Auklet\n")
+    return cub
+
+
+class Pooled(torch.nn.Module):
+    """In the place of ResNet-101: 2,048 numbers of a photo, with a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        h = torch.nn.functional.adaptive_avg_pool2d(self.norm(x), 26).flatten(1)
+        return torch.cat([h, h[:, :20]], 1)
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    nets = []
+
+    def resnet(weights):
+        nets.append(Pooled().eval())
+        return nets[-1]
+
+    monkeypatch.setattr(data, "resnet", resnet)
+    return nets
+
+
+def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
+    assert data.tokenize("The bird's red-eyed, 3 inches!") == [
+        *("the", "bird", "'s", "red-eyed", ",", "3", "inches", "!")
+    ]
+    captions = [["red", "bird"]] * 3 + [["bird", "owl"]] * 4
+    words = data.vocabulary(captions)
+    assert words == ["<exc>", "<pad>", "<eos>", "bird", "owl"]  # red: three times only
+    x = data.encode_captions([["red", "bird"], ["owl"] * 40], words)
+    assert x.dtype == torch.int64 and x.shape == (2, 32)
+    assert x[0].tolist() == [0, 3, 2] + [1] * 29
+    assert x[1].tolist() == [4] * 31 + [2]
+    assert evaluation.caption_text(x[0], words) == "<exc> bird"
+
+
+@pytest.mark.parametrize("layout", [shi, originals])
+def test_cub_pairs_each_photo_with_its_ten_captions_in_both_layouts(tmp_path, small_net, layout):
+    cub = layout(tmp_path)
+    sizes = data.prepare_cub(tmp_path, "none")
+    assert sizes["photos"] == {"train": 4, "test": 2}
+    assert sizes["captions"] == {"train": 40, "test": 20}
+    dataset = data.load_cub(tmp_path)
+    assert sizes["vocabulary"] == len(dataset.words) == dataset.spec["vocabulary"]
+    assert "random" in dataset.note
+    image, caption = dataset.train[torch.arange(40)]
+    assert image.shape == (40, 2048) and caption.shape == (40, 32)
+    assert torch.equal(image[10:20], dataset.train.bases[0][1].expand(10, -1))
+    if layout is originals:  # its captions name the photo they belong to
+        text = evaluation.caption_text(caption[10], dataset.words)
+        assert text.startswith("001 . albatross 1 this bird")
+    names = [str(p.relative_to(cub)) for p in data.cub_photos(tmp_path)["train"]]
+    assert names == sorted(names) and len(names) == 4
+    assert not list(cub.glob("*partial*")) and not list(cub.glob(".*"))
+
+
+def test_an_unreadable_photo_is_skipped_with_its_captions(tmp_path, small_net):
+    cub = shi(tmp_path)
+    bad = cub / "train" / "001.Albatross" / "1.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    lines = [f"caption {i // 10}" for i in range(40)]
+    (cub / "text_trainvalclasses.txt").write_text("\n".join(lines))
+    sizes = data.prepare_cub(tmp_path, "none")
+    assert sizes["photos"]["train"] == 3 and sizes["captions"]["train"] == 30
+    assert sizes["unreadable"] == ["train/001.Albatross/1.jpg"]
+    dataset = data.load_cub(tmp_path)
+    assert "unreadable photos left out: 1" in dataset.note
+    texts = {evaluation.caption_text(c, dataset.words) for c in dataset.train.bases[1]}
+    assert texts == {"caption 0", "caption 2", "caption 3"}
+
+
+def test_an_interrupted_extraction_goes_on_where_it_was(tmp_path, small_net, monkeypatch):
+    cub = shi(tmp_path)
+    files = data.list_photos(cub, "train") + data.list_photos(cub, "test")
+    options = dict(weights="IMAGENET1K_V1", normalise=True, device="cpu", batch_size=2, every=-1)
+    whole = data.extract(cub, cub / "features.npz", files, 4, Pooled().eval(), **options)
+    (cub / "features.partial.npz").unlink()
+    read, count = data.read_photo, []
+
+    def interrupted(path, transform):
+        count.append(path)
+        if len(count) > 4:
+            raise KeyboardInterrupt
+        return read(path, transform)
+
+    monkeypatch.setattr(data, "read_photo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.extract(cub, cub / "features.npz", files, 4, Pooled().eval(), **options)
+    monkeypatch.setattr(data, "read_photo", read)
+    net = Pooled().eval()
+    again = data.extract(cub, cub / "features.npz", files, 4, net, **options)
+    assert net.seen == 2  # of six photos
+    assert np.array_equal(whole["x"], again["x"])
+
+
+def test_features_are_cut_before_the_last_layer_and_batchnorm_statistics_frozen(tmp_path):
+    cub = shi(tmp_path)
+    files = [f"train/001.Albatross/{k}.jpg" for k in range(2)] + ["test/003.Auklet/0.jpg"]
+    torch.manual_seed(1)
+    net = data.resnet("none")
+    torch.manual_seed(2)
+    assert torch.equal(net.conv1.weight, data.resnet("none").conv1.weight)
+    x = data.extract(cub, cub / "features.npz", files, 2, net, "none", True, "cpu")["x"]
+    assert x.shape == (3, 2048) and not net.training and x.max() < 100
+    assert all(m.num_batches_tracked == 1 for m in net.modules() if hasattr(m, "running_mean"))
+
+
+def without(name):
+    def change(cub):
+        os.remove(cub / name)
+
+    return change
+
+
+def nine_lines(cub):
+    path = cub / "text_c10" / "002.Ani" / "1.txt"
+    path.write_text("a bird\n" * 9)
+
+
+def cut_file(cub):
+    path = cub / "text_trainvalclasses.txt"
+    path.write_text("a bird\n" * 39)
+
+
+def other_cache(cub):
+    data.prepare_cub(cub.parent, "none")
+
+
+def damaged_cache(cub):
+    (cub / "features.npz").write_bytes(b"PK\x03\x04 and no more")
+
+
+def one_more_photo(cub):
+    data.prepare_cub(cub.parent, "IMAGENET1K_V1")
+    photo(cub / "test" / "003.Auklet" / "2.jpg", 0)
+    (cub / "text_testclasses.txt").write_text("a bird\n" * 30)
+
+
+def all_unreadable(cub):
+    for path in (cub / "test").rglob("*.jpg"):
+        path.write_bytes(b"not a photo")
+
+
+def in_both(cub):
+    (cub / "testclasses.txt").write_text("002.Ani\n003.Auklet\n")
+
+
+def no_photos_of(cub):
+    (cub / "testclasses.txt").write_text("003.Auklet\n004.Crow\n")
+
+
+def test_features_of_a_read_only_folder_are_kept_below_data(tmp_path, small_net, monkeypatch):
+    cub = shi(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cub.chmod(0o555)
+    data.prepare_cub(tmp_path, "none")
+    assert len(data.load("cub", tmp_path).train) == 40
+    cub.chmod(0o755)
+    assert [p.name for p in (tmp_path / "here" / "data" / "cub").iterdir()] == ["features.npz"]
+    assert not list(cub.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    "layout, spoil, words",
+    [
+        (shi, without("text_testclasses.txt"), ["text_testclasses.txt", "missing"]),
+        (shi, cut_file, ["text_trainvalclasses.txt", "39 captions", "4 photos", "40 lines"]),
+        (shi, other_cache, ["features.npz", "weights none", "IMAGENET1K_V1"]),
+        (shi, damaged_cache, ["features.npz", "damaged"]),
+        (shi, one_more_photo, ["other photos", "6", "7"]),
+        (shi, all_unreadable, ["none of the 2 test photos"]),
+        (originals, nine_lines, ["1.txt", "9 captions", "ten"]),
+        (originals, without("text_c10/002.Ani/1.txt"), ["1.txt", "missing"]),
+        (originals, without("testclasses.txt"), ["testclasses.txt"]),
+        (originals, without("trainclasses.txt"), ["trainvalclasses.txt"]),
+        (originals, in_both, ["002.Ani", "training and in the test"]),
+        (originals, no_photos_of, ["004.Crow"]),
+    ],
+)
+def test_bad_cub_folders_get_one_sentence(tmp_path, small_net, layout, spoil, words):
+    cub = layout(tmp_path)
+    spoil(cub)
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        with pytest.raises(ValueError) as error:
+            data.prepare_cub(tmp_path)
+    finally:
+        cub.chmod(0o755)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_captions_say_where_a_person_gets_them(tmp_path):
+    (tmp_path / "cub").mkdir()
+    for call in (data.load_cub, data.prepare_cub):
+        with pytest.raises(
+            ValueError, match="0B0ywwgffWnLLZW9uVHNjb2JmNlE.*0-8y2UVmBHAlG26HafWYNoFQ"
+        ):
+            call(tmp_path)
+    assert not list((tmp_path / "cub").iterdir())
+
+
+def test_weights_that_cannot_be_downloaded_get_one_sentence(tmp_path, monkeypatch):
+    shi(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="--weights none") as error:
+        data.prepare_cub(tmp_path)
+    assert str(tmp_path / "home" / "hub" / "checkpoints") in str(error.value)
+    with pytest.raises(ValueError, match="no_such"):
+        data.prepare_cub(tmp_path, "no_such")
+    assert not (tmp_path / "cub" / "features.npz").exists()
+
+
+def archive(path, folder, extra=()):
+    with tarfile.open(path, "w:gz") as tar:
+        if folder is not None:
+            tar.add(folder, folder.name)
+        for member, content in extra:
+            tar.addfile(member, None if content is None else io.BytesIO(content))
+
+
+def test_archives_are_downloaded_checked_and_unpacked(tmp_path, small_net, monkeypatch):
+    source = originals(tmp_path / "source")
+    (source / "cvpr2016_cub").mkdir()
+    for path in [source / "text_c10", *source.glob("*classes.txt")]:
+        path.rename(source / "cvpr2016_cub" / path.name)
+    cub = tmp_path / "cub"
+    cub.mkdir()
+    archive(cub / "cvpr2016_cub.tar.gz", source / "cvpr2016_cub")
+    archive(tmp_path / "photos.tgz", source / "CUB_200_2011")
+    monkeypatch.setattr(data, "CUB_PHOTOS", (tmp_path / "photos.tgz").as_uri())
+    with pytest.raises(ValueError, match="MD5"):
+        data.prepare_cub(tmp_path, "none")
+    assert not list(cub.glob("CUB*"))
+    monkeypatch.setattr(data, "CUB_MD5", data.md5(tmp_path / "photos.tgz"))
+    assert data.prepare_cub(tmp_path, "none")["photos"] == {"train": 4, "test": 2}
+    assert not [p for p in cub.iterdir() if "part" in p.name or p.name.count(".") > 2]
+    shutil.rmtree(cub / "cvpr2016_cub")
+    assert len(data.load_cub(tmp_path).train) == 40  # unpacked again
+    archive(cub / "cvpr2016_cub.tar.gz", None, [(tarfile.TarInfo("nothing.txt"), b"")])
+    shutil.rmtree(cub / "cvpr2016_cub")
+    with pytest.raises(ValueError, match="has no text_c10/"):
+        data.load_cub(tmp_path)
+    assert not (cub / "cvpr2016_cub").exists()
+
+
+def test_archives_cannot_leave_their_folder_or_make_links(tmp_path):
+    def member(name, kind=tarfile.REGTYPE, target="", size=0):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = kind, target, size
+        return info
+
+    for k, name in enumerate(("../out.txt", "a/../../out.txt", str(tmp_path / "out.txt"))):
+        archive(tmp_path / f"{k}.tgz", None, [(member(name, size=2), b"hi")])
+        with pytest.raises(ValueError, match="outside"):
+            data.unpack(tmp_path / f"{k}.tgz", tmp_path / "cub" / "x", ".", ".txt")
+    link = member("away", tarfile.SYMTYPE, str(tmp_path))
+    through = member("away/out.txt", size=2)
+    archive(tmp_path / "link.tgz", None, [(link, None), (through, b"hi")])
+    data.unpack(tmp_path / "link.tgz", tmp_path / "cub" / "y", ".", ".txt")
+    assert (tmp_path / "cub" / "y" / "away" / "out.txt").read_text() == "hi"
+    assert not (tmp_path / "out.txt").exists()
+    assert not any(p.is_symlink() for p in (tmp_path / "cub").rglob("*"))
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "link.tgz").read_bytes()[:60])
+    for bad in ("cut.tgz", "none.tgz"):
+        with pytest.raises(ValueError, match="cannot be unpacked"):
+            data.unpack(tmp_path / bad, tmp_path / "cub" / "z", ".", ".txt")
+    assert sorted(p.name for p in (tmp_path / "cub").iterdir()) == ["y"]
+
+
+# word vectors and correlations
+
+COLOURS, PARTS = ("red", "blue", "grey", "pink"), ("beak", "wing", "tail", "eye")
+
+
+def sentences(n, seed=0):
+    """Two kinds of bird: each has its own colours and parts, in sentences of one form."""
+    generator, captions = np.random.default_rng(seed), []
+    for _ in range(n):
+        k = 2 * generator.integers(2)
+        colour, part = (generator.choice(names[k : k + 2]) for names in (COLOURS, PARTS))
+        captions.append(["a", "bird", "with", str(colour), str(part)])
+    return captions
+
+
+def test_word_vectors_of_words_in_the_same_company_are_alike():
+    captions = sentences(2000)
+    words = data.vocabulary(captions)
+    tokens = data.encode_captions(captions, words)
+    vectors = evaluation.word_vectors(tokens, words, dim=20)
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    alike = lambda a, b: unit[words.index(a)] @ unit[words.index(b)]  # noqa: E731
+    assert alike("red", "blue") > alike("red", "grey") and alike("tail", "eye") > alike(
+        "tail", "beak"
+    )
+    assert not vectors[:3].any()
+    assert np.array_equal(vectors, evaluation.word_vectors(tokens, words, dim=20))
+
+
+def test_units_are_the_word_and_its_ngrams():
+    units, transposed = evaluation.character_ngrams(["<exc>", "<pad>", "<eos>", "beak", "a"])
+    dense = (
+        units.to_dense()
+    )  # <beak>: 4 of 3 letters, 3 of 4, 2 of 5, and itself; <a> is its only one
+    assert dense.sum(1).tolist() == [0, 0, 0, 10, 1] and dense.max() == 1
+    assert torch.equal(transposed.to_dense(), dense.t())
+
+
+def test_skipgram_counts_are_those_of_the_window():
+    x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1]])
+    pairs, frequency = evaluation.skipgram_counts(x, 8, window=3, sample=1e9)
+    assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
+    assert torch.equal(pairs, pairs.t()) and frequency.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypatch):
+    captions = sentences(50)
+    words = data.vocabulary(captions)
+    tokens, calls = data.encode_captions(captions, words), []
+
+    def trained(captions, words, device):
+        calls.append(len(captions))
+        return np.ones((len(words), 300), np.float32)
+
+    monkeypatch.setattr(evaluation, "word_vectors", trained)
+    (tmp_path / "cub").mkdir()
+    for _ in range(2):
+        evaluation.cached_word_vectors(tmp_path, tokens, words)
+    evaluation.cached_word_vectors(tmp_path, tokens[:40], words)
+    (tmp_path / "cub" / "words.npz").write_bytes(b"PK")
+    assert evaluation.cached_word_vectors(tmp_path, tokens[:40], words).shape == (len(words), 300)
+    assert calls == [50, 40, 40]
+    assert [p.name for p in (tmp_path / "cub").iterdir()] == ["words.npz"]
+    assert evaluation.cached_word_vectors(tmp_path / "nowhere", tokens, words).any()
+
+
+def test_sentence_vectors_average_the_words_before_the_end():
+    words = ["<exc>", "<pad>", "<eos>", "red", "blue"]
+    vectors = np.array([[9.0], [9], [9], [1], [3]])
+    tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4]])
+    x = evaluation.sentence_vectors(tokens, words, vectors)
+    assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3])
+
+
+class Faithful(torch.nn.Module):
+    """z holds what was observed: the row of the test split that comes nearest."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.image, self.caption = dataset.test[torch.arange(len(dataset.test))]
+        self.n_words = len(dataset.words)
+
+    def posterior(self, image, caption):
+        if image is not None:
+            z = torch.cdist(image, self.image).argmin(1)
+        else:
+            z = (caption[:, None] == self.caption).float().mean(2).argmax(1)
+        z = z[:, None].float()
+        return types.SimpleNamespace(sample=lambda: z, mean=z, stddev=torch.ones_like(z))
+
+    def prior(self):
+        def sample(shape):
+            return torch.randint(len(self.image), (*shape, 1)).float()
+
+        return types.SimpleNamespace(sample=sample)
+
+    def decode(self, z):
+        at = z[..., 0].long()
+        one_hot = torch.nn.functional.one_hot(self.caption[at], self.n_words)
+        return [self.image[at], one_hot.float()]
+
+
+def planted_birds(n, seed=0, noise=0.3):
+    """Features are a noisy linear map of the word counts of the photo's ten captions."""
+    names = [f"{a}{b}" for a in ("ruf", "cer", "ash", "oli", "jet") for b in ("ous", "ine", "en")]
+    generator = np.random.default_rng(seed)
+    map_ = generator.normal(size=(len(names), 128))
+
+    def split(photos, generator):
+        counts, captions = [], []
+        for _ in range(photos):
+            kind = generator.dirichlet(np.full(len(names), 0.3))
+            ten = [generator.choice(len(names), 8, p=kind) for _ in range(10)]
+            counts.append(sum(np.bincount(c, minlength=len(names)) for c in ten) / 10)
+            captions += [[names[i] for i in c] for c in ten]
+        x = np.array(counts) @ map_
+        x += noise * x.std() * generator.normal(size=x.shape)
+        return torch.from_numpy(x.astype(np.float32)), captions
+
+    (x, captions), (x_test, captions_test) = split(n, generator), split(n // 3, generator)
+    words = data.vocabulary(captions)
+    splits = []
+    for features, texts in ((x, captions), (x_test, captions_test)):
+        index = torch.arange(len(texts))
+        bases = [features, data.encode_captions(texts, words)]
+        splits.append(data.Split(bases, [index // 10, index]))
+    return data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
+
+
+def test_the_true_correlation_of_a_planted_set_is_far_above_that_of_shuffles(tmp_path):
+    dataset = planted_birds(150)
+    (tmp_path / "cub").mkdir()
+    model = Faithful(dataset)
+    found = evaluation.evaluate_cub(model, dataset, tmp_path, samples=200)["correlation"]
+    assert list(found) == ["image->caption", "caption->image", "joint", "truth"]
+    vectors = evaluation.cached_word_vectors(tmp_path, dataset.train.bases[1], dataset.words)
+    image, caption = dataset.train[torch.arange(len(dataset.train))]
+    embed = lambda c: evaluation.sentence_vectors(c, dataset.words, vectors)  # noqa: E731
+    fit = evaluation.cca(image.numpy(), embed(caption), k=40)
+    image, caption = dataset.test[torch.arange(len(dataset.test))]
+    image, caption = image.numpy(), embed(caption)
+    assert found["truth"] == pytest.approx(evaluation.correlation(fit, image, caption).mean())
+    x, y = (image - fit.mean_x) @ fit.wx, (caption - fit.mean_y) @ fit.wy
+    x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
+    generator = np.random.default_rng(0)
+    shuffles = [(x * y[generator.permutation(len(y))]).sum(1).mean() for _ in range(1000)]
+    assert found["truth"] > np.percentile(shuffles, 99) + 0.1
+    # this model gives a true caption of the photo, and the true photo of the caption
+    assert found["caption->image"] == pytest.approx(found["truth"])
+    assert found["image->caption"] == pytest.approx(found["truth"], abs=0.1)
+    assert found["joint"] == pytest.approx(found["truth"], abs=0.1)
+
+
+def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):
+    shi(tmp_path)
+    data.prepare_cub(tmp_path, "none")
+    dataset = data.load_cub(tmp_path)
+    x = dataset.train.bases[0]
+    assert evaluation.nearest_photos(x[[2, 0]] + 1e-3, x).tolist() == [2, 0]
+    pytest.importorskip("matplotlib")
+    evaluation.draw_cub(Faithful(dataset), dataset, tmp_path / "cub.png", tmp_path, n=2)
+    with Image.open(tmp_path / "cub.png") as figure:
+        assert figure.size[0] > 800
+
+
+def test_relatedness_compares_different_photos_only():
+    dataset = planted_birds(9)
+    d, index = evaluation.distances(Faithful(dataset), dataset.test, 0, 1, n=3)
+    assert len(dataset.test.rows[0][index].unique()) == 3
+    assert np.allclose(d.diagonal(), 0) and (d[~np.eye(3, dtype=bool)] >= 10).all()
+
+
+# ------------------------------------------------------------------------------------------ spectra
+
+MOLECULES = {  # SMILES of small molecules with their real InChIKeys
+    "CCO": "LFQSCWFLJHTTHZ-UHFFFAOYSA-N",
+    "CC(=O)O": "QTBSBXVTEAMEQO-UHFFFAOYSA-N",
+    "c1ccccc1": "UHOVQNZJYSORNB-UHFFFAOYSA-N",
+    "CC(N)C(=O)O": "QNAYBMKLOCPYGJ-UHFFFAOYSA-N",
+    "CN1C=NC2=C1C(=O)N(C(=O)N2C)C": "RYYVLZVUVIJVGH-UHFFFAOYSA-N",
+    "CC(C)=O": "CSCPPACGZOOCGX-UHFFFAOYSA-N",
+}
+RECORD = """Name: made up
+InChIKey: {key}
+SMILES: {smiles}
+Precursor_type: [M+H]+
+Spectrum_type: MS2
+Instrument_type: LC-ESI-QFT
+Ion_mode: P
+Num Peaks: {n}
+{peaks}
+
+"""
+
+
+def record(smiles, peaks="57.07 100\n71.08 25", key=None, **changed):
+    key = MOLECULES.get(smiles, "") if key is None else key
+    text = RECORD.format(smiles=smiles, key=key, peaks=peaks, n=len(peaks.splitlines()))
+    for field, value in changed.items():
+        lines = text.splitlines(keepends=True)
+        text = "".join(f"{field}: {value}\n" if x.startswith(f"{field}:") else x for x in lines)
+    return text
+
+
+def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
+    """Challenges of the true compound `truth`, each with three candidates, two of them stereoisomers."""
+    (folder / "c.mgf").write_text(
+        "".join(f"BEGIN IONS\nTITLE={i}\nPEPMASS=47\n57.07 10\n1200 5\nEND IONS\n\n" for i in ids)
+    )
+    (folder / "truth.csv").write_text(
+        "id,inchikey\n" + "".join(f"{i},{MOLECULES[truth]}\n" for i in ids)
+    )
+    rows = [
+        ("C[C@H](N)C(=O)O", "QNAYBMKLOCPYGJ-REOHCLBHSA-N"),
+        (truth, MOLECULES[truth]),
+        ("C[C@@H](N)C(=O)O", "QNAYBMKLOCPYGJ-UWTATZPHSA-N"),
+        ("c1ccccc1", MOLECULES["c1ccccc1"]),
+        ("C1CC(", "ZZZZZZZZZZZZZZ-UHFFFAOYSA-N"),
+    ]
+    (folder / "candidates.csv").write_text(
+        "id,inchikey,smiles\n"
+        + "".join(f"{i},{key},{s}\n" for i in candidate_ids or ids for s, key in rows)
+    )
+    return {
+        "mgf": folder / "c.mgf",
+        "candidates": folder / "candidates.csv",
+        "truth": folder / "truth.csv",
+    }
+
+
+# ------------------------------------------------------------------------------------------ sparse matrices
+
+
+def test_sparse_rows_equal_the_dense_matrix():
+    generator = np.random.default_rng(0)
+    dense = generator.random((9, 40)).astype(np.float32) * (generator.random((9, 40)) < 0.2)
+    dense[[0, 4, 8]] = 0
+    sparse = sparse_of(dense)
+    assert sparse.shape == (9, 40) and len(sparse) == 9
+    dense = torch.from_numpy(dense)
+    for rows in (
+        torch.tensor([3, 0, 8, 3]),
+        torch.tensor([], dtype=torch.long),
+        slice(2, 7),
+        slice(None),
+        torch.arange(9) % 2 == 0,
+        5,
+        torch.tensor(5),
+    ):
+        assert sparse[rows].equal(dense[rows]) and sparse.to("cpu")[rows].equal(dense[rows])
+    assert sparse_of(np.zeros((3, 7), np.float32))[torch.tensor([2, 1])].equal(torch.zeros(2, 7))
+
+
+def sparse_of(dense):
+    rows = [(np.flatnonzero(x).astype(np.int16), x[x > 0].astype(np.float32)) for x in dense]
+    return data.Sparse(*map(torch.from_numpy, data.csr(rows)), dense.shape[1])
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def test_msp_in_the_ways_it_is_written_reads_the_same(tmp_path):
+    head, peaks = "Name: x\nNum Peaks: 3\n", [[41.5, 10], [57.07, 2e3], [71.1, 0.5]]
+    bodies = (
+        "41.5 10\n57.07 2e3\n71.1 .5\n",
+        "41.5\t10\n57.07\t2e3\n71.1\t.5\n",
+        '41.5 10 "C3H5+; 2 ppm"\n57.07 2e3\n71.1 .5 "?"\n',
+        "41.5 10; 57.07 2e3; 71.1 .5;\n",
+        "41.5 10;\n57.07 2e3;\n71.1 .5;\n",
+    )
+    for between in ("\n", "", "\r\n\n"):
+        path = tmp_path / "a.msp"
+        path.write_text(between.join(head + body for body in bodies))
+        found = list(data.read_msp(path))
+        assert len(found) == len(bodies)
+        for fields, read in found:
+            assert fields == {"name": "x", "num peaks": "3"} and np.array_equal(read, peaks)
+    packed = tmp_path / "a.msp.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for (fields, a), (other, b) in zip(data.read_msp(path), data.read_msp(packed), strict=True):
+        assert fields == other and np.array_equal(a, b)
+
+
+def test_msp_with_records_without_peaks_or_with_words_for_peaks(tmp_path):
+    path = tmp_path / "a.msp"
+    path.write_text("Name: a\nNum Peaks: 0\n\nName: b\nNum Peaks: 1\n5 many\n\nName: c\nName: d\n")
+    (a, none), (b, words), (c, last) = data.read_msp(path)
+    assert none.shape == (0, 2) and words is None and last.shape == (0, 2)
+    assert a["name"] == "a" and c["name"] == "c"  # the first of a repeated key
+
+
+def test_mona_s_smiles_is_found_among_the_comments():
+    comments = '"SMILES=CCO" "author=A, B" "computed SMILES=OCC"'
+    assert data.smiles_of({"comments": comments}) == "CCO"
+    assert data.smiles_of({"smiles": "N/A", "comments": '"computed SMILES=C=C"'}) == "C=C"
+    assert data.smiles_of({"comments": "Parent=57.1"}) == ""
+
+
+def test_mgf(tmp_path):
+    path = tmp_path / "a.mgf"
+    path.write_text(
+        "# made up\n\nBEGIN IONS\nTITLE=one=1\nCHARGE=1+\n50.5 3\n60 4\nEND IONS\n"
+        "BEGIN IONS\nTITLE=two\nEND IONS\nBEGIN IONS\nTITLE=cut off\n50 1\n"
+    )
+    (one, peaks), (two, none) = data.read_mgf(path)
+    assert one == {"title": "one=1", "charge": "1+"} and peaks.tolist() == [[50.5, 3], [60, 4]]
+    assert two == {"title": "two"} and none.shape == (0, 2)
+
+
+def test_a_truncated_or_absent_file_is_one_sentence(tmp_path):
+    whole = gzip.compress(record("CCO").encode() * 50)
+    for name, content in ("cut.gz", whole[:-20]), ("bad.gz", whole[:12] + b"\xff" * 30):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is a truncated or damaged .gz file"):
+            list(data.read_msp(tmp_path / name))
+    for path in (tmp_path / "absent.msp", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            list(data.read_mgf(path))
+
+
+def test_peaks_are_binned_added_and_square_rooted():
+    peaks = np.array([[57.07, 60], [57.01, 40], [0, 25], [1099.99, 4]])
+    outside = np.array(
+        [[1100, 9], [-1, 9], [np.nan, 9], [80, 0], [81, -3], [82, np.inf], [83, np.nan]]
+    )
+    for given in peaks, np.concatenate([outside, peaks]):
+        bins, values = data.bin_peaks(given)
+        assert bins.tolist() == [0, 570, 10999]
+        assert values == pytest.approx([0.5, 1, 0.2])
+        assert bins.dtype == np.int16 and values.dtype == np.float32
+    assert len(data.bin_peaks(outside)[0]) == 0
+
+
+# ------------------------------------------------------------------------------------------ preparing
+
+
+def test_without_rdkit_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ValueError, match="pip install rdkit"):
+        data.prepare_spectra(tmp_path, tmp_path / "a.msp")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprints_have_2149_bits_and_no_stereochemistry(capfd):
+    pytest.importorskip("rdkit")
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    bits = data.fingerprint("c1ccccc1O")
+    assert bits.shape == (167 + 1982,) and bits.dtype == bool
+    assert bits[162] and bits[165]  # MACCS: aromatic, a ring
+    old = AllChem.GetMorganFingerprintAsBitVect(Chem.MolFromSmiles("c1ccccc1O"), 2, nBits=1982)
+    assert np.array_equal(np.flatnonzero(bits[167:]), list(old.GetOnBits()))
+    left, right = (data.fingerprint(s) for s in ("C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"))
+    assert np.array_equal(left, right) and not np.array_equal(left, bits)
+    capfd.readouterr()
+    assert all(data.fingerprint(s) is None for s in ("", "C1CC(", "c1ccc1c", "N/A"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted(tmp_path, capsys):
+    pytest.importorskip("rdkit")
+    good = "".join(record(s, f"57.07 100\n{80 + k} 25") for s in MOLECULES for k in range(3))
+    bad = (
+        record("CCO", "")
+        + record("CCO", "5 many")
+        + record("CCO", "57 1", **{"Num Peaks": 3})
+        + record("CCO", "1500 7")
+        + record("C1CC(")
+        + record("C1CC(", key="ABCDEFGHIJKLMN-UHFFFAOYSA-N")
+        + record("")
+        + record("CCO", Ion_mode="N")
+        + record("CCO", Instrument_type="LC-ESI-QTOF")
+        + record("CCO", Precursor_type="[M+Na]+")
+        + record("CCO", Spectrum_type="MS3")
+    )
+    # Kept: without an InChIKey (taken from the SMILES), with a peak beyond the range, and without what [M+H]+ implies.
+    kept = record("OCC", key="") + record("CC(C)=O", "1100.5 7\n57.07 7")
+    kept = kept.replace("Ion_mode: P\nNum", "Num").replace("Spectrum_type: MS2\n", "")
+    path = tmp_path / "a.msp.gz"
+    path.write_bytes(gzip.compress((good + bad + kept).encode()))
+    files = challenge_files(tmp_path, candidate_ids=("A", "B", "unknown"))
+    counts = data.prepare_spectra(tmp_path / "new", path, **files)
+    assert [p.name for p in (tmp_path / "new" / "spectra").iterdir()] == ["spectra.npz"]
+    assert counts["records"] == 18 + 11 + 2 and counts["peaks_beyond_range"] == 1
+    assert counts["skipped"] == {
+        "without peaks": 1,
+        "with peaks that are no numbers": 1,
+        "with fewer peaks than announced": 1,
+        "without peaks in the range": 1,
+        "whose SMILES rdkit refuses": 2,
+        "without a SMILES": 1,
+        "in negative mode": 1,
+        "of another instrument": 1,
+        "with another precursor than [M+H]+": 1,
+        "that are not MS2": 1,
+        "of the challenges' compounds": 4,  # ethanol, once without its InChIKey
+    }
+    assert counts["compounds"] == 5 and counts["removed_compounds"] == 1
+    assert counts["train"] + counts["test"] == 16 and counts["challenges"] == 2
+    assert counts["challenges_skipped"] == {
+        "candidates of an unknown id": 5,
+        "candidates of a compound listed before": 2,
+        "candidates whose SMILES rdkit refuses": 2,
+    }
+    assert "skipped 4 of the challenges' compounds" in capsys.readouterr().out
+
+    dataset = data.load_spectra(tmp_path / "new")
+    with np.load(tmp_path / "new" / "spectra" / "spectra.npz", allow_pickle=False) as arrays:
+        blocks = [set(arrays[f"{part}_compounds"]) for part in ("train", "test")]
+    assert not blocks[0] & blocks[1] and len(blocks[1]) == 1  # max(1, a tenth)
+    assert blocks[0] | blocks[1] == {key[:14] for s, key in MOLECULES.items() if s != "CCO"}
+    assert len(dataset.train.bases[1]) == 4  # fingerprints are held once per compound
+    spectra, fingerprints = dataset.train[torch.arange(len(dataset.train))]
+    assert spectra.shape == (counts["train"], 11000) and spectra.dtype == torch.float32
+    assert spectra.amax(1).eq(1).all() and spectra[:, 570].eq(1).all()
+    expected = {data.fingerprint(s).tobytes() for s in MOLECULES}
+    assert {x.numpy().astype(bool).tobytes() for x in fingerprints} < expected
+
+    challenges = data.load_challenges(tmp_path / "new")
+    assert challenges.ids == ["A", "B"] and challenges.offsets.tolist() == [0, 3, 6]
+    assert challenges.truth.tolist() == [1, 1] and challenges.bits.shape == (6, 269)
+    bits = np.unpackbits(challenges.bits, axis=1, count=2149).astype(bool)
+    assert np.array_equal(bits[4], data.fingerprint("CCO"))
+    assert challenges.spectra[:].nonzero().tolist() == [[0, 570], [1, 570]]
+
+
+def test_the_split_depends_on_the_compounds_and_the_seed_alone(tmp_path):
+    pytest.importorskip("rdkit")
+    records = [record(s) for s in MOLECULES]
+    held_out = []
+    for order, seed in (records, 0), (records[::-1] + records, 0), (records, 1), (records, 2):
+        (tmp_path / "a.msp").write_text("".join(order))
+        data.prepare_spectra(tmp_path, tmp_path / "a.msp", seed=seed)
+        with np.load(tmp_path / "spectra" / "spectra.npz") as arrays:
+            held_out.append(arrays["test_compounds"].tolist())
+    assert held_out[0] == held_out[1] and len({*map(tuple, held_out)}) > 1
+    assert data.load_challenges(tmp_path) is None
+
+
+def test_what_leaves_no_spectra_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("rdkit")
+    source, root = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    msp, files = source / "a.msp", challenge_files(source)
+    msp.write_text("".join(map(record, MOLECULES)))
+
+    def refused(match, msp=msp, **changed):
+        with pytest.raises(ValueError, match=match) as caught:
+            data.prepare_spectra(root, msp, **changed)
+        assert "\n" not in str(caught.value) and not root.exists()
+
+    refused("too few .* 6 of another instrument .* has LC-ESI-QFT", instrument="LC-ESI-QTOF")
+    refused("cannot be read", msp=source / "absent.msp")
+    (source / "empty").write_text("")
+    refused("leaves 0 compounds", msp=source / "empty")
+    refused("challenges need all three", mgf=files["mgf"])
+    (source / "other.csv").write_text("id,smiles\nA,C\n")
+    refused("other.csv has no column 'inchikey'", **files | {"candidates": source / "other.csv"})
+    refused("other.csv has no column 'inchikey'", **files | {"truth": source / "other.csv"})
+    refused("no id of .* skipped 15 candidates", **challenge_files(source, candidate_ids="CDE"))
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "locked").mkdir()
+    may = os.access  # root may write into any folder, so the mode would not lock it
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked" and may(path, mode))
+    for barred in ("file", "locked"):
+        with pytest.raises(ValueError, match="cannot be written: choose another --data"):
+            data.prepare_spectra(tmp_path / barred, msp)
+    made = root / "spectra" / "spectra.npz"
+    made.parent.mkdir(parents=True)
+    np.savez(made, version=1)
+    with pytest.raises(ValueError, match="spectra.npz has no array 'train_offsets'"):
+        data.load_spectra(root)
+    data.prepare_spectra(root, msp)
+    made.write_bytes(made.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="spectra.npz is damaged"):
+        data.load_challenges(root)
+    with pytest.raises(ValueError, match="make it with python data.py spectra"):
+        data.load_spectra(tmp_path)
+
+
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    class Short:
+        headers, blocks = {"Content-Length": "10"}, [b"abc"]
+
+        def read(self, n):
+            return self.blocks.pop() if self.blocks else b""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    def offline(url, timeout):
+        raise urllib.error.URLError("no network")
+
+    for answer in offline, lambda url, timeout: Short():
+        monkeypatch.setattr("urllib.request.urlopen", answer)
+        with pytest.raises(ValueError, match="fetch it by hand and name the file with --msp"):
+            data.download("https://localhost/a.msp", tmp_path / "spectra" / "a.msp")
+        assert not list(tmp_path.rglob("*a.msp*"))
+
+
+# ------------------------------------------------------------------------------------------ ranking
+
+
+def test_bit_cross_entropy_equals_its_formula():
+    generator = np.random.default_rng(0)
+    p, bits = generator.random(21), generator.random((5, 21)) < 0.5
+    found = evaluation.bit_cross_entropy(p, np.packbits(bits, axis=1), block=2)
+    assert found == pytest.approx(-np.log(np.where(bits, p, 1 - p)).sum(1))
+    certain = evaluation.bit_cross_entropy(np.ones(3), np.packbits([[1, 1, 0]], axis=1))
+    assert certain == pytest.approx(-np.log(evaluation.CERTAIN), abs=1e-3)
+
+
+def test_equal_scores_share_their_mean_rank():
+    scores = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
+    assert [evaluation.rank_of(scores, k) for k in range(5)] == [4, 1, 4, 2, 4]
+    assert evaluation.rank_of(np.zeros(10), 7) == 5.5
+
+
+def test_random_top_k_is_the_mean_over_random_orders():
+    generator, sizes = np.random.default_rng(0), np.array([3, 10, 200])
+    ranks = 1 + generator.integers(0, sizes, (20_000, 3))
+    found = [evaluation.top_k(row, [1, 5, 20]) for row in ranks[:2000]]
+    assert np.mean(found, 0) == pytest.approx(evaluation.random_top_k(sizes, [1, 5, 20]), abs=0.02)
+    assert evaluation.random_top_k(sizes, [200]) == [1]
+
+
+def test_tanimoto():
+    a = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    b = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], bool)
+    assert evaluation.tanimoto(a, b) == pytest.approx([1 / 3, 1, 0])
+
+
+class Lookup(torch.nn.Module):
+    """A stand-in for a model: z is the spectrum, and decodes to the bits that `answers` has for its first bin."""
+
+    def __init__(self, answers, noise=0.0):
+        super().__init__()
+        self.answers = torch.nn.Parameter(answers)  # (n, 2149)
+        self.noise = noise
+
+    def posterior(self, x, missing):
+        assert missing is None and not self.training
+        return torch.distributions.Normal(x.argmax(1, keepdim=True).float(), self.noise + 1e-6)
+
+    def decode(self, z):
+        return [z, self.answers[z[..., 0].round().long()]]
+
+
+def spectra_to_name(n=4, candidates=30):
+    """Spectrum i has its one peak in bin i; fingerprints are random. -> Dataset, Challenges, fingerprints (n, 2149)"""
+    generator = np.random.default_rng(0)
+    peaks = [(np.array([i], np.int16), np.ones(1, np.float32)) for i in range(n)]
+    spectra = data.Sparse(*map(torch.from_numpy, data.csr(peaks)), data.BINS)
+    bits = torch.from_numpy(generator.random((n, data.BITS)) < 0.1)
+    split = data.Split([spectra, bits])
+    dataset = data.Dataset(
+        "spectra", split, split, {"name": "spectra"}, ("spectrum", "fingerprint")
+    )
+    lists = generator.random((n, candidates, data.BITS)) < 0.1
+    lists[:, 3] = bits
+    packed = np.packbits(lists.reshape(-1, data.BITS), axis=1)
+    offsets, truth = np.arange(n + 1) * candidates, np.full(n, 3)
+    ids = [f"c{i}" for i in range(n)]
+    return dataset, data.Challenges(ids, spectra, truth, offsets, packed), bits.float()
+
+
+def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_the_middle(tmp_path):
+    dataset, challenges, bits = spectra_to_name()
+    found = evaluation.evaluate_spectra(Lookup(bits), dataset, challenges, batch_size=3)
+    assert found["rank"] == {"top1": 1, "top5": 1, "top10": 1, "top20": 1, "median": 1}
+    assert found["bits"]["accuracy"] == 1 and found["bits"]["tanimoto"] == 1
+    assert found["bits"]["cross_entropy"] == pytest.approx(2149e-4, rel=1e-2)
+    assert found["ranks"] == {f"c{i}": 1 for i in range(4)} and set(found["sizes"].values()) == {30}
+    assert found["random"]["rank"] == pytest.approx(
+        {"top1": 1 / 30, "top5": 5 / 30, "top10": 1 / 3, "top20": 2 / 3, "median": 15}
+    )
+    frequency = bits.mean(0)
+    constant = evaluation.evaluate_spectra(Lookup(frequency.expand(4, -1)), dataset, challenges)
+    for key in ("rank", "ranks", "bits"):
+        assert constant[key] == pytest.approx(found["frequency"][key], rel=1e-4)
+    half = evaluation.evaluate_spectra(Lookup(torch.full_like(bits, 0.5)), dataset, challenges)
+    assert half["rank"]["median"] == 15.5  # all equal: everyone has the mean rank
+    assert half["bits"]["cross_entropy"] == pytest.approx(2149 * np.log(2))
+
+    table = evaluation.spectra_table({"known": found, "constant": constant})
+    assert len({line.count("|") for line in table.splitlines()}) == 1 and "100.0 %" in table
+    assert evaluation.rank_table({"known": found}).count("\n") == 5
+    pytest.importorskip("matplotlib")
+    evaluation.top_k_figure({"known": found, "constant": constant}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_the_mean_over_samples_is_that_of_the_probabilities():
+    dataset, challenges, bits = spectra_to_name()
+    model = Lookup(bits.mean(0).expand(4, -1).contiguous())
+    one, many = (
+        evaluation.evaluate_spectra(model, dataset, samples=samples) for samples in (1, 50)
+    )
+    assert many["bits"] == pytest.approx(one["bits"]) and "rank" not in one
+    torch.manual_seed(0)
+    noisy, index = Lookup(bits, noise=0.7), torch.tensor([1])
+    noisy.answers.data = torch.cat([bits, bits.flip(0)])[:, :8]
+    noisy.eval()
+    found = evaluation.predict_bits(noisy, lambda i: dataset.test.take(0, index), 1, samples=999)
+    z = torch.distributions.Normal(1.0, 0.7)
+    weights = [float(z.cdf(torch.tensor(k + 0.5)) - z.cdf(torch.tensor(k - 0.5))) for k in range(4)]
+    assert found[0] == pytest.approx((torch.tensor(weights) @ bits[:, :8]).numpy(), abs=0.06)
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def planted(n, correlations, extra=3, seed=0):
+    """x, y whose canonical correlations are known: mixed by random matrices, with noise dimensions."""
+    rng, k = np.random.default_rng(seed), len(correlations)
+    r = np.array(correlations)
+    x, y = rng.standard_normal((n, k + extra)), rng.standard_normal((n, k + extra + 2))
+    y[:, :k] = r * x[:, :k] + np.sqrt(1 - r**2) * y[:, :k]
+    mix_x, mix_y = rng.standard_normal((k + extra,) * 2), rng.standard_normal((k + extra + 2,) * 2)
+    return x @ mix_x + 5, y @ mix_y - 3
+
+
+def test_cca_finds_planted_correlations():
+    x, y = planted(20_000, (0.9, 0.6, 0.3))
+    fit = evaluation.cca(x, y, k=3, ridge=0)
+    assert np.allclose(fit.correlations, (0.9, 0.6, 0.3), atol=0.02)
+    px, py = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy
+    assert np.allclose(np.cov(px.T), np.eye(3), atol=1e-8)
+    assert np.allclose(np.cov(px.T, py.T)[:3, 3:], np.diag(fit.correlations), atol=1e-8)
+
+
+def test_cca_is_linear_invariant_without_ridge_and_drops_null_directions():
+    x, y = planted(2000, (0.8, 0.4))
+    twice = np.hstack([x, x[:, :1] - x[:, 1:2]])  # a rank short of its width
+    a, b = evaluation.cca(x, y, k=2, ridge=0), evaluation.cca(10 * twice, y, k=2, ridge=0)
+    assert np.allclose(a.correlations, b.correlations, atol=1e-6)
+
+
+def test_cca_without_whitening_solves_the_eigenproblem_of_the_published_code():
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    x, y = planted(3000, (0.9, 0.7, 0.5, 0.2))
+    k, p = 4, x.shape[1]
+    cov = np.cov(x.T, y.T)
+    a, b = cov.copy(), cov.copy()
+    a[:p, :p] = a[p:, p:] = 0
+    b[:p, p:] = b[p:, :p] = 0
+    eps = 1e-12 * np.eye(len(cov))
+    values, vectors = scipy_linalg.eig(a + eps, b + eps)
+    order = np.argsort(-values.real)[:k]
+    vectors = vectors[:, order].real / np.linalg.norm(vectors[:, order].real, axis=0)
+    fit = evaluation.cca(x, y, k=k, ridge=0, whiten=False)
+    found = np.vstack([fit.wx, fit.wy])
+    assert np.allclose(np.linalg.norm(found, axis=0), 1)
+    assert np.allclose(np.abs((found * vectors).sum(0)), 1, atol=1e-6)
+    assert np.allclose(fit.correlations, values.real[order], atol=1e-6)
+
+
+def test_correlation_is_the_cosine_of_eq_12():
+    x, y = planted(500, (0.9, 0.6))
+    fit = evaluation.cca(x, y, k=2)
+    a, b = fit.wx.T @ (x[7] - x.mean(0)), fit.wy.T @ (y[7] - y.mean(0))
+    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert np.isclose(evaluation.correlation(fit, x, y)[7], expected)
+    shuffled = evaluation.correlation(fit, x, y[np.random.default_rng(0).permutation(500)])
+    assert evaluation.correlation(fit, x, y).mean() > 0.6 and abs(shuffled.mean()) < 0.1
+    assert np.isfinite(evaluation.correlation(fit, np.tile(fit.mean_x, (2, 1)), y[:2])).all()
+
+
+def covariance(rng, d):
+    a = rng.standard_normal((d, d))
+    return a @ a.T
+
+
+def test_w2_agrees_with_matrix_square_roots():
+    sqrtm = pytest.importorskip("scipy.linalg").sqrtm
+    rng = np.random.default_rng(0)
+    m1, m2 = rng.standard_normal((2, 4))
+    s1, s2 = covariance(rng, 4), covariance(rng, 4)
+    root = sqrtm(s1)
+    squared = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(root @ s2 @ root)).real
+    assert np.isclose(evaluation.w2(m1, s1, m2, s2), math.sqrt(squared))
+    std1, std2 = rng.random((2, 4))
+    full = evaluation.w2(m1, np.diag(std1**2), m2, np.diag(std2**2))
+    assert np.isclose(evaluation.w2(m1, std1, m2, std2), full)
+    assert evaluation.w2(m1, std1, m1, std1) == 0
+    assert np.isclose(
+        evaluation.w2(m1, std1, m1 + 3, std1), 6
+    )  # the minus sign: a shift by 3 in 4-d
+
+
+def test_w2_broadcasts_over_pairs():
+    rng = np.random.default_rng(0)
+    means, covs = rng.standard_normal((3, 2)), np.stack([covariance(rng, 2) for _ in range(3)])
+    d = evaluation.w2(means[:, None], covs[:, None], means, covs)
+    assert d.shape == (3, 3) and np.allclose(d, d.T) and np.allclose(np.diag(d), 0, atol=1e-5)
+    assert np.isclose(d[0, 2], evaluation.w2(means[0], covs[0], means[2], covs[2]))
+
+
+def blobs(n, seed=0, classes=4, dims=5):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=n)
+    return rng.standard_normal((n, dims)) + np.eye(classes, dims)[y] * 1.5, y
+
+
+def test_logistic_regression_is_converged_and_agrees_with_lbfgs():
+    z, y = blobs(1000)
+    w = evaluation.logistic_regression(z, y, 4, l2=1e-3)
+    zt, yt = torch.from_numpy(z), torch.from_numpy(y)
+    a = torch.zeros(5, 4, dtype=torch.double, requires_grad=True)
+    b = torch.zeros(4, dtype=torch.double, requires_grad=True)
+
+    def loss():
+        return nn.functional.cross_entropy(zt @ a + b, yt) + 0.5e-3 * (a**2).sum()
+
+    with torch.no_grad():
+        a.copy_(torch.from_numpy(w[:-1])), b.copy_(torch.from_numpy(w[-1]))
+    ours = loss()
+    assert max(g.abs().max() for g in torch.autograd.grad(ours, (a, b))) < 1e-6
+    with torch.no_grad():
+        a.zero_(), b.zero_()
+    solver = torch.optim.LBFGS(
+        [a, b], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        solver.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    solver.step(closure)
+    assert torch.isclose(ours, loss(), atol=1e-10)
+    assert np.allclose(w[:-1], a.detach(), atol=1e-3)
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1e-8])
+def test_logistic_regression_converges_on_separable_classes(l2):
+    z = np.repeat(np.arange(4.0), 50)[:, None] + np.tile([0, 0.1], 100)[:, None]
+    y = np.repeat(np.arange(4), 50)
+    w = evaluation.logistic_regression(z, y, 4, l2=l2)
+    assert ((z @ w[:-1] + w[-1]).argmax(1) == y).all()
+
+
+def test_linear_probe_is_accurate_on_blobs_and_at_chance_on_noise():
+    (z, y), (test_z, test_y) = blobs(4000), blobs(4000, seed=1)
+    centres = np.eye(4, 5) * 1.5
+    bayes = (((test_z[:, None] - centres) ** 2).sum(-1).argmin(1) == test_y).mean()
+    assert abs(evaluation.linear_probe(z, y, test_z, test_y) - bayes) < 0.01
+    scaled = evaluation.linear_probe(z * 1e-3 + 7, y + 3, test_z * 1e-3 + 7, test_y + 3)
+    assert abs(scaled - bayes) < 0.01
+    noise = np.random.default_rng(2).standard_normal(z.shape)
+    assert evaluation.linear_probe(noise, y, noise[::-1], y) < 0.3
+    constant = np.hstack([z, np.ones((4000, 1))])
+    assert abs(evaluation.linear_probe(constant, y, constant, y) - bayes) < 0.02
+
+
+# A data set whose pixels spell the label, an oracle that reads it, and models that decode what they like.
+
+
+def toy(name="mnist-svhn", n=600, seed=0):
+    def split(n, seed):
+        labels = torch.randint(10, (n,), generator=torch.Generator().manual_seed(seed))
+        shapes = {
+            "mnist-svhn": [(1, 28, 28), (3, 32, 32)],
+            "mnist-split": [(1, 14, 28)] * 2,
+            "mnist-split3": [(1, 9, 28)] * 3,
+        }[name]
+        bases = [(25 * labels).byte()[:, None, None, None].expand(-1, *s) for s in shapes]
+        return data.Split([b.clone() for b in bases], labels=labels)
+
+    names = {"mnist-svhn": ("mnist", "svhn"), **nets.BANDS}[name]
+    return data.Dataset(name, split(n, seed), split(n // 2, seed + 1), {"name": name}, names)
+
+
+class Reader(nn.Module):
+    """An oracle of toy images: mean grey / 25 * 255 is the digit."""
+
+    def forward(self, x):
+        digit = (x.mean((1, 2, 3)) * 255 / 25).round()
+        return -((digit[:, None] - torch.arange(10)) ** 2)
+
+    def information(self, x):
+        return x.mean((1, 2, 3))
+
+
+class Perfect(nn.Module):
+    """z[0] is the label, exactly; `says` maps it to what modality m shows."""
+
+    def __init__(self, shapes, says=lambda m, digit: digit):
+        super().__init__()
+        self.shapes, self.says = shapes, says
+
+    def posterior(self, *xs):
+        seen = [x for x in xs if x is not None]
+        digit = seen[0].mean((1, 2, 3)) * 255 / 25
+        mean = torch.stack([digit, torch.zeros_like(digit)], 1)
+        return Independent(Normal(mean, torch.tensor([1e-3, 1.0]).expand_as(mean)), 1)
+
+    def prior(self):
+        class Digits:
+            def sample(self, shape):
+                return torch.stack([torch.randint(10, shape).float(), torch.randn(shape)], -1)
+
+        return Digits()
+
+    def decode(self, z):
+        said = [self.says(m, z[..., 0].round()) * 25 / 255 for m in range(len(self.shapes))]
+        return [
+            s[..., None, None, None].expand(*s.shape, *shape) for s, shape in zip(said, self.shapes)
+        ]
+
+    def log_likelihood(self, *xs, samples, given=None):
+        x = next(x for x in xs if x is not None)
+        return torch.full((len(x),), -1.0 if given is None else -0.5)
+
+
+SHAPES = [(1, 28, 28), (3, 32, 32)]
+READERS = {"mnist": Reader(), "svhn": Reader()}
+
+
+def test_coherence_of_a_perfect_model_is_one_with_full_entropy():
+    metrics = evaluation.evaluate(Perfect(SHAPES), toy(), READERS)
+    assert metrics["cross_coherence"] == {"mnist->svhn": 1, "svhn->mnist": 1}
+    assert metrics["self_coherence"] == {"mnist": 1, "svhn": 1}
+    assert metrics["joint_coherence"] == 1
+    assert abs(metrics["joint_entropy"] - math.log(10)) < 0.01
+    assert min(metrics["latent_accuracy"].values()) > 0.99
+    assert metrics["log_likelihood"] == {
+        "mnist": -1,
+        "svhn": -1,
+        "mnist,svhn": -1,
+        "mnist|svhn": -0.5,
+        "svhn|mnist": -0.5,
+    }
+
+
+def test_entropy_tells_a_constant_model_from_a_coherent_one():
+    constant = Perfect(SHAPES, lambda m, digit: torch.ones_like(digit))
+    metrics = evaluation.joint_coherence(constant, toy(), READERS, samples=1000)
+    assert metrics == {"joint_coherence": 1, "joint_entropy": 0}
+    cross = evaluation.coherence(constant, toy(), READERS)["cross_coherence"]
+    assert all(0.05 < share < 0.15 for share in cross.values())
+
+
+def test_coherence_names_its_direction():
+    only_svhn = Perfect(SHAPES, lambda m, digit: digit if m == 1 else 0 * digit)
+    metrics = evaluation.coherence(only_svhn, toy(), READERS)
+    assert (
+        metrics["cross_coherence"]["mnist->svhn"] == 1 > metrics["cross_coherence"]["svhn->mnist"]
+    )
+    assert metrics["self_coherence"]["svhn"] == 1 > metrics["self_coherence"]["mnist"]
+    joint = evaluation.joint_coherence(only_svhn, toy(), READERS, samples=2000)
+    assert joint["joint_coherence"] < 0.15 and joint["joint_entropy"] == 0
+
+
+def test_the_probe_is_fitted_on_what_is_observed_alone():
+    dataset = toy()
+    mask = torch.ones(600, 2, dtype=torch.bool)
+    mask[200:, 0] = False
+    wrong = (dataset.train.labels[200:] + 1) % 10
+    dataset.train.bases[0][200:] = 25 * wrong.byte()[:, None, None, None]
+    share = evaluation.latent_accuracy(Perfect(SHAPES), dataset._replace(mask=mask))[
+        "latent_accuracy"
+    ]
+    assert min(share.values()) > 0.99
+    assert evaluation.latent_accuracy(Perfect(SHAPES), dataset)["latent_accuracy"]["mnist"] < 0.9
+
+
+@pytest.mark.parametrize("name", nets.BANDS)
+def test_every_subset_of_the_parts_is_a_condition(name):
+    dataset = toy(name)
+    model = Perfect([x.shape[1:] for x in dataset.test.bases])
+    accuracy = evaluation.split_accuracy(model, dataset, {"image": Reader()})["accuracy"]
+    two, three = ["top", "bottom", "both"], ["top", "middle", "bottom"]
+    three += ["top+middle", "top+bottom", "middle+bottom", "all"]
+    assert list(accuracy) == (two if name == "mnist-split" else three)
+    assert set(accuracy.values()) == {1}
+
+
+def test_evaluation_is_a_function_of_the_seed():
+    class Noisy(Perfect):
+        def posterior(self, *xs):
+            q = super().posterior(*xs)
+            return Independent(Normal(q.mean, torch.ones_like(q.mean)), 1)
+
+    dataset = toy(n=100)
+    a, b, c = (evaluation.evaluate(Noisy(SHAPES), dataset, READERS, 0, seed=s) for s in (0, 0, 1))
+    assert a == b != c
+
+
+def test_an_oracle_is_kept_and_made_anew_when_the_images_change(tmp_path):
+    dataset = toy(n=64)
+    oracle, accuracy = evaluation.load_oracle(dataset, "mnist", tmp_path, steps=3)
+    path = tmp_path / "oracles" / "mnist-svhn-mnist.pt"
+    made = path.stat().st_mtime_ns
+    again, same = evaluation.load_oracle(dataset, "mnist", tmp_path, steps=3)
+    x = torch.rand(5, 1, 28, 28)
+    assert path.stat().st_mtime_ns == made and same == accuracy
+    assert torch.equal(oracle(x), again(x)) and not again.training
+    dataset.train.bases[0][5, 0, 3, 3] += 1
+    evaluation.load_oracle(dataset, "mnist", tmp_path, steps=3)
+    assert path.stat().st_mtime_ns != made
+    path.write_bytes(path.read_bytes()[:100])
+    evaluation.load_oracle(dataset, "mnist", tmp_path, steps=3)
+    assert evaluation.load_oracle(dataset, "mnist", tmp_path, steps=3)[1] >= 0
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_an_oracle_learns_and_its_gaussian_process_knows_noise_when_it_sees_it(tmp_path):
+    train, test = data.glyphs(1000, seed=0), data.glyphs(300, seed=1)
+    dataset = data.Dataset("glyphs", train, test, {}, ("grey", "colour"))
+    oracle, accuracy = evaluation.load_oracle(dataset, "grey", tmp_path, steps=40)
+    assert accuracy > 0.9
+    torch.manual_seed(0)
+    with torch.no_grad():
+        h, test_h = (
+            oracle.features(split.take(0, torch.arange(len(split)))) for split in (train, test)
+        )
+    oracle.process.fit(h, train.labels, steps=100)
+    with torch.no_grad():
+        guess = oracle.process(test_h)[0].argmax(-1)
+        seen, noise = (
+            oracle.process.information(test_h),
+            oracle.information(torch.rand(300, 1, 28, 28)),
+        )
+    assert abs((guess == test.labels).float().mean() - accuracy) < 0.02
+    assert seen.min() > -1e-6 and noise.max() < math.log(10) and noise.mean() > 3 * seen.mean()
+
+
+def test_the_gaussian_process_at_its_prior_is_the_prior():
+    process = evaluation.GaussianProcess(3, classes=2, points=5)
+    torch.manual_seed(0)
+    process.inducing.data.normal_()
+    mean, std = process(torch.randn(7, 3))
+    assert torch.allclose(mean, torch.zeros(7, 2))
+    assert torch.allclose(std, torch.full((7, 2), 3.0), atol=1e-3)
+    log_p = process.elbo(torch.randn(7, 3), torch.zeros(7).long(), n=0)
+    assert abs(log_p.item()) < 1e-5  # n = 0 leaves the KL, which is zero there
+
+
+def test_information_is_what_samples_of_the_process_disagree_on():
+    process = evaluation.GaussianProcess(3, classes=2, points=5)
+    torch.manual_seed(0)
+    process.inducing.data.normal_()
+    process.root.data *= (
+        1e-3  # f is known to be 0 at the inducing points: p = 1/2, nothing to learn
+    )
+    known, unknown = process.inducing.detach(), torch.full((5, 3), 50.0)
+    with torch.no_grad():
+        assert process.information(known).abs().max() < 1e-2
+        assert process.information(unknown).min() > 0.2  # f ~ N(0, 9), each sample is certain
+
+
+def test_the_kl_of_the_gaussian_process_is_that_of_its_gaussians():
+    process = evaluation.GaussianProcess(3, classes=2, points=4)
+    torch.manual_seed(0)
+    process.inducing.data.normal_(), process.mean.data.normal_(), process.root.data.normal_()
+    root = process.root.tril().detach()
+    q = torch.distributions.MultivariateNormal(process.mean.detach(), root @ root.mT)
+    p = torch.distributions.MultivariateNormal(torch.zeros(4), torch.eye(4))
+    kl = torch.distributions.kl_divergence(q, p).sum()
+    assert torch.isclose(
+        -process.elbo(torch.randn(7, 3), torch.zeros(7).long(), n=0), kl, rtol=1e-3
+    )
+
+
+def result(model="MEME", seed=0, paired=1.0, share=0.5, **options):
+    run = {"model": model, "dataset": "glyphs", "paired": paired, "unpaired": "split", "epochs": 5}
+    run |= {"seed": seed, "out": f"somewhere/{seed}", "options": options, **options}
+    metrics = {"cross_coherence": {"grey->colour": share}, "log_likelihood": {"grey": -123.44}}
+    extra = {"oracle": {"grey": 0.999}, "data": "glyphs", "run": run, "epoch": 5}
+    return metrics | extra | {"samples": 1000, "examples": 100, "pseudo": True}
+
+
+def test_the_table_is_mean_and_std_over_the_seeds():
+    text = evaluation.table(
+        [result(seed=0, share=0.5), result(seed=1, share=0.7), result("MVAE", share=0.1)]
+    )
+    lines = text.splitlines()
+    assert "| model | paired | unpaired | epochs | seeds | grey→colour | log p(grey) |" in lines
+    assert "| MEME | 1 | split | 5 | 2 | 0.600 ± 0.141 | -123.4 ± 0.0 |" in lines
+    assert "| MVAE | 1 | split | 5 | 1 | 0.100 | -123.4 |" in lines
+    assert "grey 0.999" in text and "pseudo-likelihood" in text and "K = 1,000" in text
+
+
+def test_rows_are_named_after_the_options_that_differ():
+    text = evaluation.table([result(kl="closed"), result(kl="sample"), result("MVAE", anneal=0)])
+    assert "MEME kl=closed |" in text and "MEME kl=sample |" in text and "| MVAE |" in text
+    assert "kl=" not in evaluation.table([result(kl="closed"), result(kl="closed", paired=0.5)])
+
+
+def test_missing_numbers_leave_a_dash():
+    bare = result(seed=3, paired=0.25)
+    del bare["log_likelihood"]
+    broken = result(paired=0.5, share=math.nan)
+    lines = evaluation.table([result(), bare, broken]).splitlines()
+    assert "| MEME | 0.25 | split | 5 | 1 | 0.500 | – |" in lines
+    assert "| MEME | 0.5 | split | 5 | 1 | – | -123.4 |" in lines
+    assert json.loads(json.dumps(evaluation.finite(broken), allow_nan=False))
+
+
+# main, on a data set of eight numbers and a model that was not trained.
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of one setting and a third with half of the pairs, of a labelled .npz."""
+    import mvae
+
+    rng = np.random.default_rng(0)
+    arrays = {f"{part}_labels": rng.integers(3, size=60) for part in ("train", "test")}
+    for part in ("train", "test"):
+        for m, width in enumerate((3, 5)):
+            noise = rng.standard_normal((60, width)).astype("f4")
+            arrays[f"{part}_{m}"] = noise + 3 * arrays[f"{part}_labels"][:, None]
+    np.savez(tmp_path / "own.npz", **arrays)
+    dataset = data.load(str(tmp_path / "own.npz"))
+    folders = []
+    for k, (seed, paired) in enumerate([(0, 1.0), (1, 1.0), (0, 0.5)]):
+        torch.manual_seed(k)
+        model = mvae.MVAE(nets.modalities(**dataset.spec), 4)
+        args = {
+            "version": 1,
+            "script": "mvae",
+            "model": "MVAE",
+            "dataset": str(tmp_path / "own.npz"),
+        }
+        args |= {"data": str(tmp_path), "spec": dataset.spec, "note": "", "latent_dim": 4}
+        args |= {"options": {}, "paired": paired, "unpaired": "split", "epochs": 2, "seed": seed}
+        folder = tmp_path / f"run{k}"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps(args))
+        state = {"model": model.state_dict(), "optimizer": {}, "epoch": 2, "log": []}
+        torch.save(state, folder / "checkpoint.pt")
+        folders.append(folder)
+    return folders
+
+
+def test_main_writes_metrics_and_prints_one_table(runs, capsys):
+    evaluation.main([*map(str, runs), "--samples", "20", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| MVAE")]
+    assert len(rows) == 2 and "| 1 | split | 2 | 2 |" in rows[0] and " ± " in rows[0]
+    assert "| 0.5 | split | 2 | 1 |" in rows[1] and "log p(0\\|1)" in printed
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    assert set(metrics["latent_accuracy"]) == {"0", "1"} and metrics["run"]["model"] == "MVAE"
+    assert set(metrics["log_likelihood"]) == {"0", "1", "0,1", "0|1", "1|0"}
+    assert "pseudo" not in printed  # the data are no greys
+    assert sorted(p.name for p in runs[0].iterdir()) == [
+        "args.json",
+        "checkpoint.pt",
+        "metrics.json",
+    ]
+
+
+def damage(folder, how):
+    path = folder / ("args.json" if "args" in how else "checkpoint.pt")
+    if how.startswith("no"):
+        path.unlink()
+    elif how == "args of another version":
+        path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    elif how == "args of another size":
+        path.write_text(path.read_text().replace('"latent_dim": 4', '"latent_dim": 5'))
+    elif how == "args without options":
+        path.write_text(path.read_text().replace('"options"', '"choices"'))
+    elif how == "args of an unknown script":
+        path.write_text(path.read_text().replace('"mvae"', '"nope"'))
+    elif how == "args without data":
+        path.write_text(path.read_text().replace("own.npz", "gone.npz"))
+    elif how == "args that are a list":
+        path.write_text("[1]")
+    else:
+        path.write_bytes(path.read_bytes()[: 1000 if how == "cut checkpoint" else 40])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no args",
+        "no checkpoint",
+        "cut args",
+        "cut checkpoint",
+        "args of another version",
+        "args of another size",
+        "args without options",
+        "args of an unknown script",
+        "args without data",
+        "args that are a list",
+    ],
+)
+def test_a_bad_run_is_one_sentence_and_the_others_are_evaluated(runs, capsys, how):
+    damage(runs[0], how)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([*map(str, runs[:2]), "--no-likelihoods", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    complaints = [line for line in err.splitlines() if not line.startswith("evaluating")]
+    assert stop.value.code == 2 and len(complaints) == 1
+    assert ("gone.npz" if how == "args without data" else str(runs[0])) in complaints[0]
+    assert "| MVAE |" in out and (runs[1] / "metrics.json").exists()
+    assert not (runs[0] / "metrics.json").exists()
+
+
+def test_figures_of_runs_and_their_curve(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    flags = ["--samples", "5", "--figures", str(tmp_path / "figures"), "--device", "cpu"]
+    evaluation.main([*map(str, runs), *flags])
+    made = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert made == {"own-paired.png"} | {
+        f"run{k}-{w}.png" for k in range(3) for w in ("latent", "relatedness")
+    }
+
+
+def test_without_matplotlib_the_table_is_printed_all_the_same(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        evaluation.main(
+            [str(runs[0]), "--no-likelihoods", "--figures", str(tmp_path), "--device", "cpu"]
+        )
+    out, err = capsys.readouterr()
+    assert "| MVAE |" in out and "pip install matplotlib" in err
+
+
+@pytest.mark.parametrize("name", ["mnist-svhn", *nets.BANDS])
+def test_grids_have_a_column_per_digit(name, tmp_path):
+    from PIL import Image
+
+    dataset = toy(name)
+    model = Perfect([x.shape[1:] for x in dataset.test.bases])
+    evaluation.generation_grid(model, dataset, tmp_path / "generation.png")
+    evaluation.joint_grid(model, dataset, tmp_path / "joint.png")
+    rows = {"mnist-svhn": 6, "mnist-split": 6, "mnist-split3": 14}[name]
+    assert Image.open(tmp_path / "generation.png").size == (10 * 34 + 2, rows * 34 + 2)
+    page = np.asarray(Image.open(tmp_path / "generation.png"))[18::34, 18::34, 0]
+    assert (page[1] == 25 * np.arange(10)).all()  # the columns are 0 to 9
+
+
+def test_the_papers_rows_stand_under_ours():
+    run = result("SVAE")
+    run["run"]["dataset"] = run["data"] = "mnist-split"
+    run["accuracy"] = {"top": 0.5, "bottom": 0.5, "both": 0.5}
+    row = [
+        line for line in evaluation.table([run], paper=True).splitlines() if "SVAE, paper" in line
+    ]
+    assert row == ["| SVAE, paper | 1 |  |  |  |  | 0.872 | 0.816 | 0.948 |  |"]
+    assert "paper" not in evaluation.table([run])
 
 
 # ------------------------------------------------------------------------------------------ the loop
