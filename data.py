@@ -228,7 +228,7 @@ def load_glyphs(root):
 def glyphs(n, seed):
     from PIL import Image, ImageDraw, ImageFont
 
-    font, templates = ImageFont.load_default(44), []
+    font, templates = ImageFont.load_default(60), []
     for digit in "0123456789":
         page = Image.new("L", (64, 64))
         ImageDraw.Draw(page).text((32, 32), digit, font=font, fill=255, anchor="mm")
@@ -241,7 +241,7 @@ def glyphs(n, seed):
 
     def warped(labels, size):
         """Rotated by up to 9 degrees, sheared, 1 to 1.2 times as large, shifted by up to 4 %. -> (n, 1, size, size)"""
-        angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.15, 0.15), uniform(1, 1.2)
+        angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.1, 0.1), uniform(1, 1.2)
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         across = torch.stack([cos, shear * cos - sin, uniform(-0.08, 0.08)], -1)
         down = torch.stack([sin, shear * sin + cos, uniform(-0.08, 0.08)], -1)
@@ -296,72 +296,71 @@ def load_mnist_svhn(root, repeats=1):
 
 
 def mnist(root, train):
-    """-> images (N, 1, 28, 28) bytes, labels (N,), from root/MNIST/raw, downloaded when they are not there."""
+    """-> images (N, 1, 28, 28) bytes, labels (N,), from root/MNIST/raw; downloaded if missing."""
     from torchvision.datasets import MNIST
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     folder, stem = root / "MNIST" / "raw", "train" if train else "t10k"
     files = [folder / f"{stem}-images-idx3-ubyte", folder / f"{stem}-labels-idx1-ubyte"]
     if not all(f.exists() for f in files):
-        there = folder.exists()
-        try:
-            MNIST(root, download=True)
-        except Exception as error:  # URLError, RuntimeError, OSError: whatever the download met
-            if not there and folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-                folder.parent.rmdir()
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"MNIST is not in {folder} and could not be downloaded ({reason}): put its four "
-                "idx files there, or name the folder that has MNIST/raw with --data"
-            ) from None
+        downloaded(lambda: MNIST(root, download=True), folder, "MNIST's four idx files")
     found = []
     for file, read in zip(files, (read_image_file, read_label_file)):
         try:
             found.append(read(file))
-        except (
-            Exception
-        ) as error:  # torchvision asserts, or fails in frombuffer, on what is no IDX file
+        except Exception as error:  # torchvision asserts, or fails in frombuffer
             raise ValueError(
-                f"{file} is damaged or no IDX file: delete it, to download it anew"
+                f"{file} is damaged or no IDX file: delete it, and it is downloaded anew"
             ) from error
     images, labels = found
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
-        raise ValueError(
-            f"{files[0]} and {files[1].name} are not images of 28 x 28 with a digit each"
-        )
+        raise ValueError(f"{files[0]} and {files[1].name} are not 28 x 28 images with their digits")
     return images[:, None], labels
 
 
 def svhn(root):
-    """root/svhn.npz as tensors: train_x (N, 3, 32, 32) bytes, train_y, test_x, test_y. Made from torchvision's SVHN."""
-    path = root / "svhn.npz"
+    """root/svhn.npz, made from torchvision's SVHN at first, as tensors: train_x (N, 3, 32, 32) bytes,
+    train_y, test_x, test_y."""
+    path = prepared(root, "svhn.npz")
     if not path.exists():
         from torchvision.datasets import SVHN
 
-        arrays = {}
+        arrays, folder = {}, path.with_name("svhn")
         for part in ("train", "test"):
-            try:
-                raw = SVHN(root / "svhn", part, download=True)
-            except Exception as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise ValueError(
-                    f"there is no {path}, and SVHN could not be downloaded ({reason}): put train_32x32.mat and "
-                    f"test_32x32.mat into {root / 'svhn'}, or name another folder with --data"
-                ) from None
+            raw = downloaded(
+                lambda part=part: SVHN(folder, part, download=True),
+                folder,
+                "SVHN's train_32x32.mat and test_32x32.mat",
+            )
             arrays |= {f"{part}_x": raw.data, f"{part}_y": raw.labels}
         save_npz(path, **arrays)
     arrays = read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
+    found = {}
     for part in ("train", "test"):
         x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
         if x.dtype != np.uint8 or x.shape[1:] != (3, 32, 32) or y.shape != (len(x),):
             raise ValueError(
                 f"{path}: {part}_x is to be uint8 (N, 3, 32, 32) with N labels in {part}_y"
             )
-    return {
-        k: torch.from_numpy(a if k.endswith("x") else a.astype(np.int64) % 10)
-        for k, a in arrays.items()
-    }
+        found[f"{part}_x"] = torch.from_numpy(x)
+        found[f"{part}_y"] = torch.from_numpy(y.astype(np.int64)) % 10
+    return found
+
+
+def downloaded(fetch, folder, what):
+    """fetch(), into folder. Its failure leaves no empty folders behind and becomes a sentence."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        return fetch()
+    except Exception as error:  # URLError, RuntimeError, OSError: whatever the download met
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        reason = (str(error) or type(error).__name__).splitlines()[-1]
+        raise ValueError(
+            f"{what} are not in {folder} and could not be downloaded ({reason}): put them there, "
+            "or name the folder of your data sets with --data"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------ arrays on disk

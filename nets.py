@@ -51,7 +51,8 @@ def log_prob(modality, parameter, x):
         )
         return nats.view(x.shape).sum(features)
     if modality.likelihood == "bernoulli":
-        return (x * parameter - F.softplus(parameter)).sum(features)
+        size = parameter.abs()  # x p - log(1 + exp(p)), in the form that a CPU does fastest
+        return ((x - 0.5) * parameter - 0.5 * size + torch.sigmoid(size).log()).sum(features)
     error = (x - parameter) / modality.scale
     if modality.likelihood == "laplace":
         return (-error.abs() - math.log(2 * modality.scale)).sum(features)

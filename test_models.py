@@ -1793,7 +1793,7 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monk
 
     for answer in offline, lambda url, timeout: Short():
         monkeypatch.setattr("urllib.request.urlopen", answer)
-        with pytest.raises(ValueError, match="fetch it by hand and name the file with --msp"):
+        with pytest.raises(ValueError, match="put it at .*a.msp by hand"):
             data.download("https://localhost/a.msp", tmp_path / "spectra" / "a.msp")
         assert not list(tmp_path.rglob("*a.msp*"))
 
@@ -1882,9 +1882,6 @@ def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_t
     assert half["rank"]["median"] == 15.5  # all equal: everyone has the mean rank
     assert half["bits"]["cross_entropy"] == pytest.approx(2149 * np.log(2))
 
-    table = evaluation.spectra_table({"known": found, "constant": constant})
-    assert len({line.count("|") for line in table.splitlines()}) == 1 and "100.0 %" in table
-    assert evaluation.rank_table({"known": found}).count("\n") == 5
     pytest.importorskip("matplotlib")
     evaluation.top_k_figure({"known": found, "constant": constant}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
