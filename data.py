@@ -228,10 +228,10 @@ def load_glyphs(root):
 def glyphs(n, seed):
     from PIL import Image, ImageDraw, ImageFont
 
-    font, templates = ImageFont.load_default(60), []
+    font, templates = ImageFont.load_default(56), []
     for digit in "0123456789":
         page = Image.new("L", (64, 64))
-        ImageDraw.Draw(page).text((32, 32), digit, font=font, fill=255, anchor="mm")
+        ImageDraw.Draw(page).text((32, 32), digit, font=font, fill=255, anchor="mm", stroke_width=2)
         templates.append(torch.from_numpy(np.array(page)))
     templates = torch.stack(templates)[:, None].float() / 255  # (10, 1, 64, 64)
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,6 @@
     ELBO(X)      = E_q(z|X)[ Σ_m log p(x_m|z) ] - β KL(q(z|X) || p(z))
     L(X)         = ELBO(X) + Σ_m ELBO(x_m) + ELBO of random subsets        what is maximised
 
-Equation numbers are those of that paper (arXiv:1802.05335): the product is its section 2.2, L its eq. (6).
 Shapes: B examples, L latent dimensions. A missing modality is None.
 Run:    python mvae.py           # a minute on two CPU cores, then: python eval.py runs/mvae-glyphs-...
 """

@@ -5,12 +5,14 @@ torch.distributions, estimators against their expectation, loops against themsel
 """
 
 import ast
+import difflib
 import gzip
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -2644,6 +2646,50 @@ def test_main_is_one_text_and_helpers_of_one_name_have_one_body():
     for script in SCRIPTS:
         for name, lines in functions(script).items():
             assert texts.setdefault(name, lines) == lines, f"{name} of {script}.py differs"
+
+
+def halves(script):
+    """The model half of a script: all above its loop."""
+    lines = (HERE / f"{script}.py").read_text().splitlines()
+    return lines[: next(k for k, line in enumerate(lines) if "the loop, one text" in line)]
+
+
+def test_readme_has_the_sizes_of_the_diffs():
+    text = (HERE / "README.md").read_text()
+    for a, b in itertools.combinations(SCRIPTS, 2):
+        found = difflib.unified_diff(halves(a), halves(b), n=0)
+        changed = sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in found)
+        assert f"| {a}.py – {b}.py | {changed} |" in text
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    for line in re.findall(r"^    (?:pip .* && )?(?:python|torchrun \S+ \d+) (.*)", text, re.M):
+        script, *flags = line.split()
+        if script.removesuffix(".py") in SCRIPTS:
+            yield script.removesuffix(".py"), flags
+
+
+def test_the_commands_of_readme_train(small_root, small_net, arrays, tmp_path, monkeypatch):
+    shi(small_root)
+    data.prepare_cub(small_root, "none")
+    os.rename(arrays, tmp_path / "my.npz")
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for k, (script, flags) in enumerate(readme_commands()):
+        if "spectra" not in flags and "--compile" not in flags:
+            short = ["--epochs", 1, "--limit", 256, "--data", small_root, "--out", f"run{k}"]
+            train(script, *flags, *short)
+            ran += 1
+    assert ran >= 5
+
+
+def test_the_code_of_readme_runs():
+    for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        found = {}
+        exec(code, found)
+        assert found["loss"].isfinite() and found["generated"].shape == (8, 3, 32, 32)
+        assert found["nats"].shape == (8,)
 
 
 def test_scripts_import_torch_nets_data_and_the_standard_library_alone():
