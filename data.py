@@ -1,13 +1,15 @@
-"""Data sets, pairing masks and batches. `python data.py mnist-svhn` prepares a data set and draws a preview.
+"""Data sets, pairing masks and batches. `python data.py mnist-svhn` prepares a data set and draws a
+preview.
 
     dataset = load("mnist-svhn", "./data")         # .train, .test: splits; .spec: arguments for nets.modalities
     streams = pairing(len(dataset.train), dataset.names, paired=0.5, unpaired="split")
     for step in batches(dataset.train, streams, batch_size=128):
         for weight, xs in step: ...                # xs: one tensor per modality, None where it is hidden
 
-What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (seed 0, whatever --seed says); which
-examples are paired depends on `pairing`'s seed alone; the order of the batches on their generator.
-Images are float32 in [0, 1], captions int64 word indices, spectra and bits float32 in [0, 1].
+What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (seed 0, whatever --seed
+says); which examples are paired depends on `pairing`'s seed alone; the order of the batches on
+their generator. Images are float32 in [0, 1], captions int64 word indices, spectra and bits float32
+in [0, 1].
 """
 
 import argparse
@@ -38,7 +40,8 @@ DATASETS = ("glyphs", "mnist-split", "mnist-split3", "mnist-svhn", "cub", "spect
 
 
 class Split:
-    """The examples of a split: base tensors held once and, per modality, the row of each example in its base."""
+    """The examples of a split: base tensors held once and, per modality, the row of each example in
+    its base."""
 
     def __init__(self, bases, rows=None, labels=None):
         self.bases = list(bases)
@@ -49,7 +52,8 @@ class Split:
         return len(self.rows[0])
 
     def take(self, m, index):
-        """Modality m of the examples `index`: bytes become [0, 1], bits 0 and 1, words stay int64."""
+        """Modality m of the examples `index`: bytes become [0, 1], bits 0 and 1, words stay
+        int64."""
         x = self.bases[m][self.rows[m][index]]
         if x.dtype == torch.uint8:
             return x.float() / 255
@@ -81,7 +85,8 @@ class Dataset(NamedTuple):
 
 
 def load(name, root="./data", limit=None):
-    """A data set by name, or a user's path.npz. ValueError, in a sentence, for whatever is wrong with the files.
+    """A data set by name, or a user's path.npz. ValueError, in a sentence, for whatever is wrong
+    with the files.
 
     limit: the first N training examples only.
     """
@@ -100,16 +105,18 @@ def load(name, root="./data", limit=None):
     return dataset._replace(train=dataset.train.first(limit), mask=mask)
 
 
-# ------------------------------------------------------------------------------------------ pairing and batches
+# ------------------------------------------------------------------------------ pairing and batches
 
 
 def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
-    """Who shows what in training: a list of streams (mask, index), a pure function of its arguments.
+    """Who shows what in training: a list of streams (mask, index), a pure function of its
+    arguments.
 
-    mask: M booleans, index: the examples (LongTensor). round(paired * n) random examples are shown whole; the rest as
-    `unpaired` says: split (one modality each, equal shares: [meme] SPLIT), a modality's name (only that one),
-    all (one stream per modality over all n, as [poe]'s code), rest (the same over the rest, as its text), none.
-    With `mask` (n, M), the streams are its patterns. ValueError for what cannot be done.
+    mask: M booleans, index: the examples (LongTensor). round(paired * n) random examples are shown
+    whole; the rest as `unpaired` says: split (one modality each, equal shares: [meme] SPLIT), a
+    modality's name (only that one), all (one stream per modality over all n, as [poe]'s code), rest
+    (the same over the rest, as its text), none. With `mask` (n, M), the streams are its patterns.
+    ValueError for what cannot be done.
     """
     generator = torch.Generator().manual_seed(seed)
     if mask is not None:
@@ -164,12 +171,14 @@ def show(split, shown, index):
 
 
 def batches(split, streams, batch_size, sampling="natural", generator=None, rank=0, world=1):
-    """One epoch: per step a list of (weight, xs), one entry per stream, xs with None for what its mask hides.
+    """One epoch: per step a list of (weight, xs), one entry per stream, xs with None for what its
+    mask hides.
 
-    natural: a stream's share of the batch is its share of the examples, its weight n_i / sum n: a step estimates
-    eq. 5's mean over examples without bias. balanced: batch_size of each stream, weight 1, an epoch is one pass over
-    the largest. A stream that runs out is shuffled again. `generator` shuffles, the same on every one of `world` ranks:
-    each takes its part of every step, with weights under which the mean of the ranks' gradients is that of one process.
+    natural: a stream's share of the batch is its share of the examples, its weight n_i / sum n: a
+    step estimates eq. 5's mean over examples without bias. balanced: batch_size of each stream,
+    weight 1, an epoch is one pass over the largest. A stream that runs out is shuffled again.
+    `generator` shuffles, the same on every one of `world` ranks: each takes its part of every step,
+    with weights under which the mean of the ranks' gradients is that of one process.
     """
     sizes, steps = shares(streams, batch_size, sampling)
     total = sum(len(index) for _, index in streams)
@@ -181,9 +190,7 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
             if sampling == "balanced" and len(index) == largest:
                 size = min(size, largest - step * batch_size)  # the last step of the pass
             weight = 1.0 if sampling == "balanced" else len(index) / total
-            chosen = draw(size)[
-                dealt % world :: world
-            ]  # dealt like cards, so that no rank goes without
+            chosen = draw(size)[dealt % world :: world]  # dealt like cards: no rank goes without
             dealt -= size
             if len(chosen):
                 batch.append((weight * world * len(chosen) / size, show(split, shown, chosen)))
@@ -191,7 +198,8 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
 
 
 def endless(index, generator, device):
-    """A function n -> the next n of the shuffled index, which is shuffled again whenever it runs out."""
+    """A function n -> the next n of the shuffled index, which is shuffled again whenever it runs
+    out."""
     queue = torch.empty(0, dtype=torch.long, device=device)
 
     def draw(n):
@@ -206,7 +214,8 @@ def endless(index, generator, device):
 
 
 def observed(split, streams, n):
-    """Up to n training examples of each modality, from the streams that show it. -> list of M tensors"""
+    """Up to n training examples of each modality, from the streams that show it. -> list of M
+    tensors"""
     found = []
     for m in range(len(split.bases)):
         index = torch.cat(
@@ -216,11 +225,12 @@ def observed(split, streams, n):
     return found
 
 
-# ------------------------------------------------------------------------------------------ digits
+# ------------------------------------------------------------------------------------------- digits
 
 
 def load_glyphs(root):
-    """Digits of a font that ships inside Pillow: grey 1x28x28 and coloured 3x32x32 of the same digit, 10,000 + 2,000."""
+    """Digits of a font that ships inside Pillow: grey 1x28x28 and coloured 3x32x32 of the same
+    digit, 10,000 + 2,000."""
     train, test = glyphs(10_000, seed=0), glyphs(2_000, seed=1)
     return Dataset("glyphs", train, test, {"name": "glyphs"}, ("grey", "colour"))
 
@@ -240,7 +250,8 @@ def glyphs(n, seed):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     def warped(labels, size):
-        """Rotated by up to 9 degrees, sheared, 1 to 1.2 times as large, shifted by up to 4 %. -> (n, 1, size, size)"""
+        """Rotated by up to 9 degrees, sheared, 1 to 1.2 times as large, shifted by up to 4 %. ->
+        (n, 1, size, size)"""
         angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.1, 0.1), uniform(1, 1.2)
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         across = torch.stack([cos, shear * cos - sin, uniform(-0.08, 0.08)], -1)
@@ -273,7 +284,8 @@ def load_bands(root, name, names):
 
 
 def load_mnist_svhn(root, repeats=1):
-    """Pairs of the same digit. Per class n = the fewer of both, each side permuted, `repeats` times (30 in MMVAE)."""
+    """Pairs of the same digit. Per class n = the fewer of both, each side permuted, `repeats` times
+    (30 in MMVAE)."""
     crops = svhn(root)
     generator = torch.Generator().manual_seed(0)
     splits = []
@@ -319,8 +331,8 @@ def mnist(root, train):
 
 
 def svhn(root):
-    """root/svhn.npz, made from torchvision's SVHN at first, as tensors: train_x (N, 3, 32, 32) bytes,
-    train_y, test_x, test_y."""
+    """root/svhn.npz, made from torchvision's SVHN at first, as tensors: train_x (N, 3, 32, 32)
+    bytes, train_y, test_x, test_y."""
     path = prepared(root, "svhn.npz")
     if not path.exists():
         from torchvision.datasets import SVHN
@@ -363,11 +375,12 @@ def downloaded(fetch, folder, what):
         ) from None
 
 
-# ------------------------------------------------------------------------------------------ arrays on disk
+# ----------------------------------------------------------------------------------- arrays on disk
 
 
 def read_npz(path, required=()):
-    """The arrays of an .npz, without unpickling anything. ValueError when it is damaged or lacks a required key."""
+    """The arrays of an .npz, without unpickling anything. ValueError when it is damaged or lacks a
+    required key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in required if key not in archive]
@@ -389,7 +402,8 @@ def read_npz(path, required=()):
 
 
 def prepared(root, *parts):
-    """Where a file that is made from a data set lies: below root or, if that is read-only, ./data."""
+    """Where a file that is made from a data set lies: below root or, if that is read-only,
+    ./data."""
     path = Path(root, *parts)
     folder = next(parent for parent in path.parents if parent.exists())
     writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222  # asks root, too
@@ -413,7 +427,8 @@ def save_npz(path, **arrays):
 
 
 def download(url, path, digest=None):
-    """url -> path, unless it is there, by way of a temporary name; its MD5 is checked against `digest`. -> path"""
+    """url -> path, unless it is there, by way of a temporary name; its MD5 is checked against
+    `digest`. -> path"""
     if path.exists():
         return path
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -440,7 +455,8 @@ def download(url, path, digest=None):
 
 
 def progress(what, done, step, total, start, first=0):
-    """After `step` more: a line on stderr with the time left, rewritten on a terminal, else one per tenth."""
+    """After `step` more: a line on stderr with the time left, rewritten on a terminal, else one per
+    tenth."""
     tenth = total and 10 * done // total > 10 * (done - step) // total
     if not (sys.stderr.isatty() or tenth):
         return
@@ -453,7 +469,8 @@ def progress(what, done, step, total, start, first=0):
 
 
 def load_npz(path):
-    """A user's arrays train_0, train_1, ..., test_0, ...; optionally train_labels, test_labels, train_mask (N, M)."""
+    """A user's arrays train_0, train_1, ..., test_0, ...; optionally train_labels, test_labels,
+    train_mask (N, M)."""
     arrays = read_npz(path, ("train_0", "train_1", "test_0", "test_1"))
     m = next(k for k in range(len(arrays) + 1) if f"train_{k}" not in arrays)
     names = tuple(str(k) for k in range(m))
@@ -504,7 +521,8 @@ def load_npz(path):
 
 
 def own_array(path, key, array, shown, decided):
-    """A user's array as a base, and its likelihood: bits and bytes Bernoulli, floats Laplace. -> tensor, likelihood"""
+    """A user's array as a base, and its likelihood: bits and bytes Bernoulli, floats Laplace. ->
+    tensor, likelihood"""
     if array.dtype.kind not in "buif" or array.ndim < 2:
         raise ValueError(
             f"{path}: {key} is to be numbers, (examples, features) or (examples, C, H, W)"
@@ -528,7 +546,7 @@ def own_array(path, key, array, shown, decided):
     return torch.from_numpy(array.astype(np.float32)), "bernoulli" if array.ndim == 4 else "laplace"
 
 
-# ------------------------------------------------------------------------------- CUB: photos of birds and captions
+# ---------------------------------------------------------------- CUB: photos of birds and captions
 
 CUB_PHOTOS = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
@@ -546,9 +564,11 @@ WORDS = 32  # a caption's length, <eos> included
 
 
 def load_cub(root):
-    """CUB's features (2048,) and captions (32,), ten per photo; makes cub/features.npz first where it is missing.
+    """CUB's features (2048,) and captions (32,), ten per photo; makes cub/features.npz first where
+    it is missing.
 
-    A photo's ten examples share one row of the features. The vocabulary is that of the training captions.
+    A photo's ten examples share one row of the features. The vocabulary is that of the training
+    captions.
     """
     cub = Path(root) / "cub"
     need_captions(cub)
@@ -592,11 +612,12 @@ def load_cub(root):
 
 
 def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
-    """Finds or downloads the photos and writes their features to cub/features.npz; resumes where it was interrupted.
+    """Finds or downloads the photos and writes their features to cub/features.npz; resumes where it
+    was interrupted.
 
-    weights: a name of torchvision's ResNet101_Weights, or none for a randomly initialised network. -> dict of sizes.
-    ValueError, in a sentence: no captions, not ten captions per photo, no weights, a folder that cannot be written to,
-    a cache made with other settings.
+    weights: a name of torchvision's ResNet101_Weights, or none for a randomly initialised network.
+    -> dict of sizes. ValueError, in a sentence: no captions, not ten captions per photo, no
+    weights, a folder that cannot be written to, a cache made with other settings.
     """
     cub, made = Path(root) / "cub", prepared(root, "cub", "features.npz")
     need_captions(cub)  # first of all: they are what cannot be had without the user
@@ -630,7 +651,8 @@ def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
 
 
 def cub_photos(root):
-    """The files of the photos, one for each row of a split's features. -> {"train": [...], "test": [...]}"""
+    """The files of the photos, one for each row of a split's features. -> {"train": [...], "test":
+    [...]}"""
     cub = Path(root) / "cub"
     cache = read_features(prepared(root, "cub", "features.npz"))
     files, n = cache["files"].tolist(), int(cache["train"])
@@ -638,22 +660,26 @@ def cub_photos(root):
     return {"train": [f for f in good[:n] if f], "test": [f for f in good[n:] if f]}
 
 
-# Captions: Shi et al.'s text_*.txt, ten lines per photo in sorted file order, or Reed et al.'s text_c10/, a file each.
+# Captions: Shi et al.'s text_*.txt, ten lines per photo in sorted file order, or Reed et al.'s
+# text_c10/, a file each.
 
 
 def tokenize(text):
-    """Lower-case words, hyphens kept ("red-eyed"), clitics apart ("bird", "'s"); every punctuation mark is a token."""
+    """Lower-case words, hyphens kept ("red-eyed"), clitics apart ("bird", "'s"); every punctuation
+    mark is a token."""
     return re.findall(r"\w+(?:-\w+)*|'\w+|[^\w\s]", text.lower())
 
 
 def vocabulary(captions, above=3):
-    """<exc>, <pad>, <eos>, then the words seen more than `above` times, in the order in which they appear. -> list"""
+    """<exc>, <pad>, <eos>, then the words seen more than `above` times, in the order in which they
+    appear. -> list"""
     counts = Counter(word for tokens in captions for word in tokens)
     return [*SPECIALS, *(word for word, n in counts.items() if n > above)]
 
 
 def encode_captions(captions, words):
-    """The first 31 words and <eos>, padded; a word outside the vocabulary is <exc>. -> int64 (N, 32)"""
+    """The first 31 words and <eos>, padded; a word outside the vocabulary is <exc>. -> int64 (N,
+    32)"""
     index = {word: i for i, word in enumerate(words)}
     rows = []
     for tokens in captions:
@@ -663,7 +689,8 @@ def encode_captions(captions, words):
 
 
 def read_captions(cub, split, files):
-    """The ten captions of each photo. files: the photos' names in sorted order. -> list of N lists of 10 strings"""
+    """The ten captions of each photo. files: the photos' names in sorted order. -> list of N lists
+    of 10 strings"""
     whole = cub / ("text_trainvalclasses.txt" if split == "train" else "text_testclasses.txt")
     if not files or not files[0].startswith("CUB_200_2011"):
         lines = read_lines(whole)
@@ -696,7 +723,8 @@ def read_lines(path):
 
 
 def text_folder(cub):
-    """Where Reed et al.'s text_c10/ and class lists lie: cub/ or, as their archive unpacks, cub/cvpr2016_cub/."""
+    """Where Reed et al.'s text_c10/ and class lists lie: cub/ or, as their archive unpacks,
+    cub/cvpr2016_cub/."""
     return next((f for f in (cub, cub / "cvpr2016_cub") if (f / "text_c10").is_dir()), None)
 
 
@@ -729,7 +757,8 @@ def fetch_photos(cub):
 
 
 def list_photos(cub, split):
-    """Names of a split's photos relative to cub/, by class, then by file, as torchvision's ImageFolder sorts them."""
+    """Names of a split's photos relative to cub/, by class, then by file, as torchvision's
+    ImageFolder sorts them."""
     if (cub / "text_trainvalclasses.txt").exists():
         folder = cub / split
         classes = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
@@ -752,7 +781,8 @@ def list_photos(cub, split):
 
 
 def read_classes(cub, split):
-    """The species of a split, from trainvalclasses.txt (or trainclasses.txt and valclasses.txt) and testclasses.txt."""
+    """The species of a split, from trainvalclasses.txt (or trainclasses.txt and valclasses.txt) and
+    testclasses.txt."""
     found, folder = {}, text_folder(cub)
     for part, choices in CLASSES.items():
         lists = next((c for c in choices if all((folder / name).exists() for name in c)), None)
@@ -774,10 +804,11 @@ def md5(path):
 
 
 def unpack(archive, folder, holds, ending):
-    """The plain files of a tar archive with this ending -> folder, which then has the folder `holds` in it.
+    """The plain files of a tar archive with this ending -> folder, which then has the folder
+    `holds` in it.
 
-    Links are neither made nor followed, a name that leaves the folder is an error, and the folder appears when all of
-    it is there.
+    Links are neither made nor followed, a name that leaves the folder is an error, and the folder
+    appears when all of it is there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
@@ -807,7 +838,8 @@ def unpack(archive, folder, holds, ending):
 
 
 def resnet(weights):
-    """ResNet-101 without its last layer, in eval mode. weights: torchvision's name, or none: random, seed 0."""
+    """ResNet-101 without its last layer, in eval mode. weights: torchvision's name, or none:
+    random, seed 0."""
     from torchvision import models
 
     choices = models.ResNet101_Weights
@@ -831,7 +863,8 @@ def resnet(weights):
 
 
 def estimate_batchnorm(net, images, device):
-    """Freezes a random network's BatchNorm at the statistics of `images`, batches of (B, 3, 224, 224), in place.
+    """Freezes a random network's BatchNorm at the statistics of `images`, batches of (B, 3, 224,
+    224), in place.
 
     With those it starts with, features of all photos are alike (cosine .9997).
     """
@@ -845,9 +878,11 @@ def estimate_batchnorm(net, images, device):
 
 
 def extract(cub, made, files, train, net, weights, normalise, device=None, batch_size=32, every=30):
-    """Features of files (the first `train` of them are the training photos), kept in features.partial.npz as it goes.
+    """Features of files (the first `train` of them are the training photos), kept in
+    features.partial.npz as it goes.
 
-    `every`: seconds between two saves; an interrupted run loses no more. An unreadable photo is skipped and counted.
+    `every`: seconds between two saves; an interrupted run loses no more. An unreadable photo is
+    skipped and counted.
     -> what read_features returns
     """
     from torchvision import transforms
@@ -900,7 +935,8 @@ def read_photo(path, transform):
 
 
 def resume(partial, cache):
-    """What an interrupted run with the same settings and photos has left. -> list of arrays, list of booleans"""
+    """What an interrupted run with the same settings and photos has left. -> list of arrays, list
+    of booleans"""
     try:
         left = read_features(partial) if partial.exists() else {}
     except ValueError:
@@ -911,7 +947,8 @@ def resume(partial, cache):
 
 
 def read_features(path):
-    """weights, normalise, files (N,), train: how many of them train, readable (N,), x (readable, 2048)."""
+    """weights, normalise, files (N,), train: how many of them train, readable (N,), x (readable,
+    2048)."""
     cache = read_npz(path, ("weights", "normalise", "files", "train", "readable", "x"))
     x, readable = cache["x"], cache["readable"]
     if readable.dtype != bool or x.shape != (readable.sum(), 2048) or not np.isfinite(x).all():
@@ -930,7 +967,7 @@ def need_same(cache, weights, normalise, path):
         )
 
 
-# ------------------------------------------------------------------------------------------ spectra and fingerprints
+# ------------------------------------------------------------------------- spectra and fingerprints
 
 MASSBANK = "https://github.com/MassBank/MassBank-data/releases/latest/download/MassBank_NIST.msp"
 MAX_MZ, BINS_PER_MZ = 1100, 10
@@ -941,10 +978,12 @@ SPECTRA_VERSION = 1
 
 
 class Sparse:
-    """A sparse matrix (N, D), row by row (CSR). sparse[rows] is dense, float32, on the matrix's device.
+    """A sparse matrix (N, D), row by row (CSR). sparse[rows] is dense, float32, on the matrix's
+    device.
 
-    offsets (N + 1,): row n holds columns[offsets[n] : offsets[n + 1]], each column once; values: float32, as columns.
-    `rows` may be all that indexes a tensor: a LongTensor, a slice, a mask, one integer.
+    offsets (N + 1,): row n holds columns[offsets[n] : offsets[n + 1]], each column once; values:
+    float32, as columns. `rows` may be all that indexes a tensor: a LongTensor, a slice, a mask, one
+    integer.
     """
 
     dtype = torch.float32
@@ -967,7 +1006,8 @@ class Sparse:
 
     def __getitem__(self, rows):
         start, end = self.offsets[:-1][rows], self.offsets[1:][rows]  # (B,)
-        # Every row is read to the longest one's length: no size depends on the data, so a GPU is never waited for.
+        # Every row is read to the longest one's length: no size depends on the data, so a GPU is
+        # never waited for.
         at = start[..., None] + torch.arange(self.longest, device=self.device)  # (B, longest)
         inside = at < end[..., None]
         at = at.clamp(max=len(self.values) - 1)
@@ -991,7 +1031,8 @@ def text(path):
 
 
 def peak_list(lines):
-    """'m/z intensity' per line, also several in a line divided by ';' and followed by a "note". -> (n, 2), or None"""
+    """'m/z intensity' per line, also several in a line divided by ';' and followed by a "note". ->
+    (n, 2), or None"""
     joined = " ".join(lines)
     words = joined.split()
     if len(words) != 2 * len(lines) or ";" in joined:
@@ -1004,10 +1045,12 @@ def peak_list(lines):
 
 
 def read_msp(path):
-    """The records of an MSP file (NIST's format, as MassBank and MoNA export it), one after the other; .gz too.
+    """The records of an MSP file (NIST's format, as MassBank and MoNA export it), one after the
+    other; .gz too.
 
-    -> (fields, peaks) each: fields {key in lower case: value}, the first one where a key is repeated; peaks (n, 2),
-    m/z and intensity, or None where they cannot be read. ValueError for a file that cannot be read.
+    -> (fields, peaks) each: fields {key in lower case: value}, the first one where a key is
+    repeated; peaks (n, 2), m/z and intensity, or None where they cannot be read. ValueError for a
+    file that cannot be read.
     """
     fields, peaks, in_peaks = {}, [], False
     for line in text(path):
@@ -1027,7 +1070,8 @@ def read_msp(path):
 
 
 def read_mgf(path):
-    """The records of a Mascot generic file, one after the other; .gz too. -> (fields, peaks) as read_msp's."""
+    """The records of a Mascot generic file, one after the other; .gz too. -> (fields, peaks) as
+    read_msp's."""
     fields, peaks = None, []
     for line in text(path):
         line = line.strip()
@@ -1056,10 +1100,12 @@ def read_table(path, columns):
 
 
 def bin_peaks(peaks):
-    """Peaks (n, 2) of m/z and intensity -> the bins that are not empty, int16, and their values in (0, 1], float32.
+    """Peaks (n, 2) of m/z and intensity -> the bins that are not empty, int16, and their values in
+    (0, 1], float32.
 
-    Bins of 0.1 from m/z 0 to 1100; the intensities in a bin are added, then divided by the largest bin, then the square
-    root is taken. Peaks beyond the range and those without a positive, finite intensity are left out.
+    Bins of 0.1 from m/z 0 to 1100; the intensities in a bin are added, then divided by the largest
+    bin, then the square root is taken. Peaks beyond the range and those without a positive, finite
+    intensity are left out.
     """
     mz, intensity = peaks[in_range(peaks) & (peaks[:, 1] > 0) & np.isfinite(peaks[:, 1])].T
     bins, where = np.unique((mz * BINS_PER_MZ).astype(np.int16), return_inverse=True)
@@ -1083,7 +1129,8 @@ def molecule(smiles):
 
 
 def fingerprint(smiles):
-    """167 MACCS keys, then 1,982 Morgan bits of radius 2. -> (2149,) bool, or None where rdkit refuses the SMILES"""
+    """167 MACCS keys, then 1,982 Morgan bits of radius 2. -> (2149,) bool, or None where rdkit
+    refuses the SMILES"""
     found = molecule(smiles)
     if found is None:
         return None
@@ -1106,7 +1153,8 @@ def inchikey_of(smiles):
 
 
 def compound_of(inchikey, smiles):
-    """The first block of the InChIKey, which names the compound without its stereochemistry; "" if there is none."""
+    """The first block of the InChIKey, which names the compound without its stereochemistry; "" if
+    there is none."""
     if not re.match(r"[A-Z]{14}(-|$)", inchikey or ""):
         inchikey = inchikey_of(smiles)
     return inchikey[:14]
@@ -1120,13 +1168,15 @@ def smiles_of(fields):
 
 
 def refusal(fields, peaks, instrument):
-    """Why a record is no [M+H]+ tandem spectrum of the instrument with a known structure, or None."""
+    """Why a record is no [M+H]+ tandem spectrum of the instrument with a known structure, or
+    None."""
     has = fields.get
     if has("instrument_type", "").lower() != instrument.lower():
         return "of another instrument"
     if has("precursor_type", "").replace(" ", "") != "[M+H]+":
         return "with another precursor than [M+H]+"
-    # A record that lacks one of these two is kept: [M+H]+ is positive, and a precursor makes it a tandem spectrum.
+    # A record that lacks one of these two is kept: [M+H]+ is positive, and a precursor makes it a
+    # tandem spectrum.
     if not (has("ion_mode") or "P").upper().startswith("P"):
         return "in negative mode"
     if (has("spectrum_type") or "MS2").upper() not in ("MS2", "MS/MS", "MSMS"):
@@ -1163,13 +1213,16 @@ def listed(counts):
 def prepare_spectra(
     root, msp=None, instrument="LC-ESI-QFT", mgf=None, candidates=None, truth=None, seed=0
 ):
-    """Reads the spectra of an MSP file and writes root/spectra/spectra.npz, for load_spectra and load_challenges.
+    """Reads the spectra of an MSP file and writes root/spectra/spectra.npz, for load_spectra and
+    load_challenges.
 
-    msp: MassBank's release is downloaded without it. instrument: the Instrument_type to keep. mgf, candidates (CSV with
-    id, inchikey, smiles) and truth (CSV with id, inchikey): challenges for ranking, all three or none; id is the MGF's
-    TITLE. A tenth of the compounds, drawn with `seed`, is the test split; the challenges' compounds are in neither.
-    -> {"train": spectra, "test": spectra, "compounds": .., "challenges": .., "candidates": .., "skipped": {...}}.
-    Records that do not fit are skipped and counted; ValueError, and nothing written, for what leaves no data.
+    msp: MassBank's release is downloaded without it. instrument: the Instrument_type to keep. mgf,
+    candidates (CSV with id, inchikey, smiles) and truth (CSV with id, inchikey): challenges for
+    ranking, all three or none; id is the MGF's TITLE. A tenth of the compounds, drawn with `seed`,
+    is the test split; the challenges' compounds are in neither.
+    -> {"train": spectra, "test": spectra, "compounds": .., "challenges": .., "candidates": ..,
+    "skipped": {...}}. Records that do not fit are skipped and counted; ValueError, and nothing
+    written, for what leaves no data.
     """
     if None in (mgf, candidates, truth) and (mgf, candidates, truth) != (None, None, None):
         raise ValueError("challenges need all three: --mgf, --candidates and --truth")
@@ -1190,7 +1243,8 @@ def prepare_spectra(
 
 
 def spectrum_arrays(msp, instrument, forbidden, seed):
-    """The MSP's part of the .npz: train_* and test_*; the compounds in `forbidden` are left out. -> arrays, counts"""
+    """The MSP's part of the .npz: train_* and test_*; the compounds in `forbidden` are left out. ->
+    arrays, counts"""
     spectra, skipped, beyond, total = defaultdict(list), Counter(), 0, 0
     names, instruments = defaultdict(dict), Counter()
     for fields, peaks in read_msp(msp):
@@ -1253,7 +1307,8 @@ def spectrum_arrays(msp, instrument, forbidden, seed):
 
 
 def challenge_arrays(mgf, candidates, answers):
-    """The challenges' part of the .npz. Stereoisomers among the candidates count once, as one compound. -> arrays, counts"""
+    """The challenges' part of the .npz. Stereoisomers among the candidates count once, as one
+    compound. -> arrays, counts"""
     skipped, spectra, beyond = Counter(), {}, 0
     for fields, peaks in read_mgf(mgf):
         name = fields.get("title", "")
@@ -1392,7 +1447,7 @@ LOADERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ python data.py DATASET
+# --------------------------------------------------------------------------- python data.py DATASET
 
 
 def preview(dataset, path, n=10):

@@ -1,12 +1,14 @@
 """Metrics, tables and figures of trained models. `python eval.py runs/a runs/b --figures figures`
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
-    linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of latent samples
-    w2(mean1, std1, mean2, std2)                      2-Wasserstein distance of Gaussians, [meme] App. F
+    linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of latent
+    samples w2(mean1, std1, mean2, std2)                      2-Wasserstein distance of Gaussians,
+    [meme] App. F
 
-These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on their test split.
-There z is one sample of the posterior per example (--seed fixes it) and the decoded mean is judged by an oracle, a
-classifier of the real images, whose own test accuracy stands under every table.
+These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
+their test split. There z is one sample of the posterior per example (--seed fixes it) and the
+decoded mean is judged by an oracle, a classifier of the real images, whose own test accuracy stands
+under every table.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes.
 [meme] is Joy et al., ICLR 2022; [poe] is "In Defense of Product-of-Experts".
@@ -33,7 +35,7 @@ from torch import nn
 import data
 import nets
 
-# ------------------------------------------------------------------------------------------ numpy: arrays in, numbers out
+# -------------------------------------------------------------------- numpy: arrays in, numbers out
 
 
 class CCA(NamedTuple):
@@ -45,13 +47,15 @@ class CCA(NamedTuple):
 
 
 def cca(x, y, k=40, ridge=1e-3, whiten=True):
-    """The k pairs of directions along which x (n, Dx) and y (n, Dy) correlate most ([meme] App. G). -> CCA
+    """The k pairs of directions along which x (n, Dx) and y (n, Dy) correlate most ([meme] App. G).
+    -> CCA
 
         Cxx^-½ Cxy Cyy^-½ = U S V',   wx = Cxx^-½ U,   wy = Cyy^-½ V,   correlations S
 
-    ridge, times the mean variance, is added to the diagonals of Cxx and Cyy. whiten=True: every projection has
-    variance 1. False: every joint vector [wx; wy] has length 1, as numerical solvers of the equivalent eigenproblem
-    return it and the published code takes it; its k components then do not count alike in eq. (12).
+    ridge, times the mean variance, is added to the diagonals of Cxx and Cyy. whiten=True: every
+    projection has variance 1. False: every joint vector [wx; wy] has length 1, as numerical solvers
+    of the equivalent eigenproblem return it and the published code takes it; its k components then
+    do not count alike in eq. (12).
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     mean_x, mean_y = x.mean(0), y.mean(0)
@@ -66,7 +70,8 @@ def cca(x, y, k=40, ridge=1e-3, whiten=True):
 
 
 def inverse_root(x, ridge):
-    """(cov + ridge · mean variance · I)^-½ of centred x (n, D). Without a ridge, directions of no variance drop out."""
+    """(cov + ridge · mean variance · I)^-½ of centred x (n, D). Without a ridge, directions of no
+    variance drop out."""
     cov = x.T @ x / (len(x) - 1)
     values, vectors = np.linalg.eigh(cov + ridge * np.trace(cov) / len(cov) * np.eye(len(cov)))
     kept = values > 1e-12 * values.max()
@@ -74,16 +79,19 @@ def inverse_root(x, ridge):
 
 
 def correlation(fit, x, y):
-    """Cosine of the projections of each pair, centred by the means of the fit: [meme] eq. (12). -> (n,)"""
+    """Cosine of the projections of each pair, centred by the means of the fit: [meme] eq. (12). ->
+    (n,)"""
     x, y = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy  # (n, k)
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return (x * y).sum(1) / np.maximum(lengths, 1e-12)
 
 
 def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
-    """argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,  biases not penalised, by Newton's method.
+    """argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,  biases not penalised, by Newton's
+    method.
 
-    z (n, L), y (n,) integers below `classes` -> W (L + 1, C), at which no entry of the gradient exceeds `tolerance`.
+    z (n, L), y (n,) integers below `classes` -> W (L + 1, C), at which no entry of the gradient
+    exceeds `tolerance`.
     """
     z = np.hstack([z, np.ones((len(z), 1))])
     n, d = z.shape
@@ -105,7 +113,8 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
         gradient = z.T @ (p - truth) / n + penalty * w
         if np.abs(gradient).max() < tolerance:
             break
-        # E[zz' ⊗ (diag(p) - pp')]. It only steers the step, the gradient decides: single precision will do
+        # E[zz' ⊗ (diag(p) - pp')]. It only steers the step, the gradient decides: single precision
+        # will do
         pz = (z.astype("f4")[:, :, None] * p.astype("f4")[:, None]).reshape(n, -1)  # (n, d C)
         hessian = -(pz.T @ pz) / n
         for c in range(classes):
@@ -122,7 +131,8 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
 
 
 def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
-    """Test accuracy of multinomial logistic regression on z, every dimension scaled to variance 1 in training.
+    """Test accuracy of multinomial logistic regression on z, every dimension scaled to variance 1
+    in training.
 
     z (n, L), y (n,) any labels; l2 as in logistic_regression.
     """
@@ -136,11 +146,14 @@ def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
 
 
 def w2(mean1, scale1, mean2, scale2):
-    """2-Wasserstein distance of two Gaussians ([meme] App. F, whose ||m1 + m2|| is a misprint). -> (...)
+    """2-Wasserstein distance of two Gaussians ([meme] App. F, whose ||m1 + m2|| is a misprint). ->
+    (...)
 
-        d² = ||m1 - m2||² + Tr(Σ1 + Σ2 - 2 (Σ1^½ Σ2 Σ1^½)^½),    diagonal:  ||m1 - m2||² + ||std1 - std2||²
+        d² = ||m1 - m2||² + Tr(Σ1 + Σ2 - 2 (Σ1^½ Σ2 Σ1^½)^½),    diagonal:  ||m1 - m2||² + ||std1 -
+        std2||²
 
-    means (..., d); scales: standard deviations (..., d) or covariances (..., d, d), leading axes broadcast.
+    means (..., d); scales: standard deviations (..., d) or covariances (..., d, d), leading axes
+    broadcast.
     """
     squared = ((mean1 - mean2) ** 2).sum(-1)
     if scale1.ndim == mean1.ndim:
@@ -156,7 +169,8 @@ def w2(mean1, scale1, mean2, scale2):
 
 
 class Oracle(nn.Module):
-    """A digit classifier, images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W are 24 or more.
+    """A digit classifier, images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W are 24 or
+    more.
 
     `information` replaces its last layer by a Gaussian process, which knows what it has not seen.
     """
@@ -184,14 +198,16 @@ class Oracle(nn.Module):
 
 
 class GaussianProcess(nn.Module):
-    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2). h (B, D) features
+    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2). h
+    (B, D) features
 
         f_c ~ GP(0, k),  k(h, h') = s² exp(-|h - h'|² / 2l²),  p(y|f) = softmax(f)_y,  c = 1..10
-        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)              whitened, Z: inducing points
-        ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
+        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)              whitened, Z: inducing
+        points ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
 
-    What the paper leaves open: 100 inducing points, started at training features and learned; one s and one l, started
-    at 3 and the median distance; 5 samples of f in training; the features stay as the oracle has learned them.
+    What the paper leaves open: 100 inducing points, started at training features and learned; one s
+    and one l, started at 3 and the median distance; 5 samples of f in training; the features stay
+    as the oracle has learned them.
     """
 
     def __init__(self, features, classes=10, points=100):
@@ -240,7 +256,8 @@ class GaussianProcess(nn.Module):
             optimizer.step()
 
     def information(self, h, samples=100):
-        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)] in nats: high where f, the classifier, is in doubt. -> (B,)"""
+        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)] in nats: high where f, the classifier, is in doubt.
+        -> (B,)"""
         mean, std = self(h)
         p = (mean + std * torch.randn(samples, *mean.shape, device=h.device)).softmax(-1)
         entropy = torch.special.entr(p).sum(-1).mean(0)
@@ -248,14 +265,16 @@ class GaussianProcess(nn.Module):
 
 
 def views(dataset):
-    """What is judged, as functions of the M modalities: each image, or the parts of a split one put together."""
+    """What is judged, as functions of the M modalities: each image, or the parts of a split one put
+    together."""
     if dataset.name in nets.BANDS:
         return {"image": lambda xs: torch.cat(xs, -2)}
     return {name: lambda xs, m=m: xs[m] for m, name in enumerate(dataset.names)}
 
 
 def train_oracle(split, view, steps=1000, batch_size=128):
-    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels. -> Oracle in eval mode"""
+    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels. -> Oracle
+    in eval mode"""
     torch.manual_seed(0)
     device = split.labels.device
     oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
@@ -280,9 +299,11 @@ def train_oracle(split, view, steps=1000, batch_size=128):
 
 
 def load_oracle(dataset, name, root, steps=1000):
-    """The oracle of a view, from root/oracles, where it is trained and kept at first. -> Oracle, its test accuracy
+    """The oracle of a view, from root/oracles, where it is trained and kept at first. -> Oracle,
+    its test accuracy
 
-    The file holds a digest of all it was made from: other images, labels or settings, and it is made anew.
+    The file holds a digest of all it was made from: other images, labels or settings, and it is
+    made anew.
     """
     view, path = views(dataset)[name], data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
     device = dataset.test.labels.device
@@ -334,11 +355,12 @@ def replace(path, write):
         part.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------ metrics of a model
+# ------------------------------------------------------------------------------- metrics of a model
 
 
 def subsets(names):
-    """What can be shown, by name, as M booleans: top, bottom, both; of three top, ..., top+middle, ..., all."""
+    """What can be shown, by name, as M booleans: top, bottom, both; of three top, ..., top+middle,
+    ..., all."""
     found = {}
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, size):
@@ -355,7 +377,8 @@ def singles(names):
 
 @torch.no_grad()
 def generated_digits(model, dataset, oracles, shown):
-    """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read. -> {view: (N,)}"""
+    """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read. ->
+    {view: (N,)}"""
     read = {name: [] for name in oracles}
     for index in torch.arange(len(dataset.test)).split(500):
         means = model.decode(model.posterior(*data.show(dataset.test, shown, index)).sample())
@@ -365,7 +388,8 @@ def generated_digits(model, dataset, oracles, shown):
 
 
 def split_accuracy(model, dataset, oracles):
-    """[poe] Table 1: from every subset of the parts the whole image is regenerated; is it still the digit?"""
+    """[poe] Table 1: from every subset of the parts the whole image is regenerated; is it still the
+    digit?"""
     accuracy = {}
     for name, shown in subsets(dataset.names).items():
         read = generated_digits(model, dataset, oracles, shown)["image"]
@@ -374,7 +398,8 @@ def split_accuracy(model, dataset, oracles):
 
 
 def coherence(model, dataset, oracles):
-    """[meme] Table 3: one modality is shown, each is generated from it; is it the digit that was shown?"""
+    """[meme] Table 3: one modality is shown, each is generated from it; is it the digit that was
+    shown?"""
     cross, own = {}, {}
     for source, shown in singles(dataset.names).items():
         for target, read in generated_digits(model, dataset, oracles, shown).items():
@@ -390,8 +415,8 @@ def coherence(model, dataset, oracles):
 def joint_coherence(model, dataset, oracles, samples=10_000):
     """[poe] Fig. 8: the share of z ~ p(z) in whose images all oracles read the same digit.
 
-    joint_entropy, in nats, is that of the digits they agree on: log 10 = 2.30 if all come up alike, 0 if it is always
-    the same one, which would make coherence meaningless.
+    joint_entropy, in nats, is that of the digits they agree on: log 10 = 2.30 if all come up alike,
+    0 if it is always the same one, which would make coherence meaningless.
     """
     agreed = []
     for part in torch.arange(samples).split(500):
@@ -407,9 +432,11 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
 
 @torch.no_grad()
 def mutual_information(model, dataset, oracles, examples=1000):
-    """[meme] Table 6: I(label, oracle's weights | generated image), nats; low where the image looks real to it.
+    """[meme] Table 6: I(label, oracle's weights | generated image), nats; low where the image looks
+    real to it.
 
-    The paper has a number per modality and does not say what from; here both: "svhn" from itself, "mnist->svhn".
+    The paper has a number per modality and does not say what from; here both: "svhn" from itself,
+    "mnist->svhn".
     """
     found, index = {}, torch.arange(min(examples, len(dataset.test)))
     for source, shown in singles(dataset.names).items():
@@ -428,7 +455,8 @@ def latent_samples(model, split, shown, index):
 
 
 def latent_accuracy(model, dataset):
-    """[meme] Table 4: a linear classifier of z ~ q(z|x_m), fitted on every training image of modality m once."""
+    """[meme] Table 4: a linear classifier of z ~ q(z|x_m), fitted on every training image of
+    modality m once."""
     accuracy = {}
     for m, (name, shown) in enumerate(singles(dataset.names).items()):
         index = np.unique(dataset.train.rows[m].cpu(), return_index=True)[1]
@@ -444,7 +472,8 @@ def latent_accuracy(model, dataset):
 
 @torch.no_grad()
 def log_likelihood(model, dataset, examples=100, samples=1000):
-    """[meme] Table 2: the mean log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others), importance-weighted, nats."""
+    """[meme] Table 2: the mean log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others),
+    importance-weighted, nats."""
     names, everything = dataset.names, (True,) * len(dataset.names)
     cases = {name: (shown, None) for name, shown in singles(names).items()}
     cases[",".join(names)] = (everything, None)
@@ -465,7 +494,8 @@ def log_likelihood(model, dataset, examples=100, samples=1000):
 
 
 def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data"):
-    """All metrics that apply to the data set. oracles: {view: Oracle}; examples: for likelihoods, 0 to leave out."""
+    """All metrics that apply to the data set. oracles: {view: Oracle}; examples: for likelihoods, 0
+    to leave out."""
     torch.manual_seed(seed)
     model.eval()
     if dataset.name == "cub":
@@ -486,7 +516,7 @@ def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="
     return metrics
 
 
-# ------------------------------------------------------------------ CUB: word vectors, CCA correlations, captions
+# ---------------------------------------------------- CUB: word vectors, CCA correlations, captions
 
 
 def caption_text(tokens, words):
@@ -497,7 +527,8 @@ def caption_text(tokens, words):
 
 
 def character_ngrams(words, shortest=3, longest=6):
-    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur, no hashing.
+    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur, no
+    hashing.
 
     -> (V, G) 0/1 sparse CSR, its transpose; the specials have none.
     """
@@ -521,8 +552,9 @@ def character_ngrams(words, shortest=3, longest=6):
 
 
 def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
-    """How often word i has word j in its window, per epoch, as word2vec draws it: frequent words dropped at random
-    before the window is laid, a neighbour at distance d inside the random window with probability 1 - (d - 1)/window.
+    """How often word i has word j in its window, per epoch, as word2vec draws it: frequent words
+    dropped at random before the window is laid, a neighbour at distance d inside the random window
+    with probability 1 - (d - 1)/window.
 
     captions: int64 (N, 32) -> pairs (V, V), frequencies (V,), float64. The specials never count.
     """
@@ -549,11 +581,13 @@ def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
 def word_vectors(
     captions, words, dim=300, window=3, negative=5, epochs=10, lr=0.025, seed=0, device="cpu"
 ):
-    """FastText [Bojanowski et al. 2017] on captions (N, 32): a word is the mean of its own vector and its n-grams'.
+    """FastText [Bojanowski et al. 2017] on captions (N, 32): a word is the mean of its own vector
+    and its n-grams'.
 
-    Skip-gram with negative sampling. The vocabulary is small, so each step of gradient descent takes the expectation
-    over words and negatives in place of a sample: gradients of Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j), with
-    n_ij the pairs that a step would see and m_ij = negative Σ_j n_ij p_j^.75. -> float32 (V, dim), zeros for specials
+    Skip-gram with negative sampling. The vocabulary is small, so each step of gradient descent
+    takes the expectation over words and negatives in place of a sample: gradients of Σ_ij n_ij log
+    σ(h_i·o_j) + m_ij log σ(-h_i·o_j), with n_ij the pairs that a step would see and m_ij = negative
+    Σ_j n_ij p_j^.75. -> float32 (V, dim), zeros for specials
     """
     units, transposed = (m.to(device) for m in character_ngrams(words))
     share = 1 / units.sum(1, keepdim=True).to_dense().clamp(min=1)  # (V, 1)
@@ -562,7 +596,8 @@ def word_vectors(
     n = pairs.float().to(device)  # (V, V)
     m = (negative * pairs.sum(1, keepdim=True) * noise).float().to(device)
     steps = max(1, math.ceil(float(pairs.sum()) / 4000))  # per epoch: 4,000 pairs each
-    # The summed gradient of a word in very many pairs of a step overshoots: it moves as by 4 / lr pairs at most.
+    # The summed gradient of a word in very many pairs of a step overshoots: it moves as by 4 / lr
+    # pairs at most.
     most_h = 4 / (n + m).sum(1, keepdim=True).clamp(min=1e-9)
     most_o = 4 / (n + m).sum(0).unsqueeze(1).clamp(min=1e-9)
     generator = torch.Generator().manual_seed(seed)
@@ -583,7 +618,8 @@ def word_vectors(
 
 
 def cached_word_vectors(root, captions, words, device="cpu"):
-    """word_vectors of the training captions, kept in cub/words.npz beside a digest of what they were trained on."""
+    """word_vectors of the training captions, kept in cub/words.npz beside a digest of what they
+    were trained on."""
     captions = captions.cpu().numpy()
     digest = hashlib.sha256(captions.tobytes() + "\n".join(words).encode()).hexdigest()
     path = data.prepared(root, "cub", "words.npz")
@@ -602,7 +638,8 @@ def cached_word_vectors(root, captions, words, device="cpu"):
 
 
 def sentence_vectors(tokens, words, vectors):
-    """The average over a caption's words up to <eos>; specials do not count, no word at all gives 0.
+    """The average over a caption's words up to <eos>; specials do not count, no word at all gives
+    0.
 
     tokens (N, 32), vectors (V, D) -> float32 (N, D)
     """
@@ -617,7 +654,8 @@ def sentence_vectors(tokens, words, vectors):
 
 @torch.no_grad()
 def cross_generate(model, split, batch_size=256):
-    """Each test pair the other way round: one z per input, the decoded mean, the likeliest word at each position.
+    """Each test pair the other way round: one z per input, the decoded mean, the likeliest word at
+    each position.
 
     -> features from the captions (N, 2048), captions from the images int64 (N, 32)
     """
@@ -642,9 +680,11 @@ def joint_generate(model, n=1000, batch_size=250):
 
 
 def evaluate_cub(model, dataset, root="./data", samples=1000, batch_size=256):
-    """[meme] Table 5, App. G: the mean correlation (eq. 12) of photos' features and sentence vectors.
+    """[meme] Table 5, App. G: the mean correlation (eq. 12) of photos' features and sentence
+    vectors.
 
-    CCA, k = 40, whitened, is fit on the training pairs; `truth` is the figure of the test pairs themselves.
+    CCA, k = 40, whitened, is fit on the training pairs; `truth` is the figure of the test pairs
+    themselves.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -677,13 +717,14 @@ def evaluate_cub(model, dataset, root="./data", samples=1000, batch_size=256):
 
 
 def nearest_photos(features, photos):
-    """The row of `photos` (P, 2048) that is nearest to each of `features` (N, 2048), Euclidean. -> int64 (N,)"""
+    """The row of `photos` (P, 2048) that is nearest to each of `features` (N, 2048), Euclidean. ->
+    int64 (N,)"""
     features, photos = torch.as_tensor(features), torch.as_tensor(photos)
     rows = [torch.cdist(x, photos.to(x.device)).argmin(1) for x in features.split(1000)]
     return torch.cat(rows).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------ spectra: ranking molecules
+# ----------------------------------------------------------------------- spectra: ranking molecules
 
 CERTAIN = (
     1e-4  # predicted probabilities stay this far from 0 and 1: one wrong bit costs at most 9.2 nats
@@ -703,7 +744,8 @@ def bit_cross_entropy(probabilities, packed, block=2048):
 
 
 def rank_of(scores, true):
-    """The rank of scores[true] among the scores (n,), 1 for the lowest; equal ones share their mean rank."""
+    """The rank of scores[true] among the scores (n,), 1 for the lowest; equal ones share their mean
+    rank."""
     gap = scores - scores[true]
     return 1 + (gap < -1e-9).sum() + ((abs(gap) <= 1e-9).sum() - 1) / 2
 
@@ -716,12 +758,14 @@ def challenge_ranks(probabilities, challenges):
 
 
 def top_k(ranks, ks):
-    """The share of challenges whose true candidate is among the first k. ranks (n,), ks (K,) -> (K,)"""
+    """The share of challenges whose true candidate is among the first k. ranks (n,), ks (K,) ->
+    (K,)"""
     return (np.asarray(ranks)[:, None] <= np.asarray(ks)).mean(0)
 
 
 def random_top_k(sizes, ks):
-    """What top_k is on average when the candidates, `sizes` (n,) of them, are in random order. -> (K,)"""
+    """What top_k is on average when the candidates, `sizes` (n,) of them, are in random order. ->
+    (K,)"""
     return np.minimum(np.asarray(ks) / np.asarray(sizes)[:, None], 1).mean(0)
 
 
@@ -732,7 +776,8 @@ def tanimoto(a, b):
 
 
 def bit_scores(probabilities, bits):
-    """How well bits (N, D) are predicted: accuracy and Tanimoto of p > 1/2, cross entropy in nats per example."""
+    """How well bits (N, D) are predicted: accuracy and Tanimoto of p > 1/2, cross entropy in nats
+    per example."""
     predicted = probabilities > 0.5
     p = np.clip(probabilities, CERTAIN, 1 - CERTAIN)
     return {
@@ -749,9 +794,11 @@ def rank_scores(ranks):
 
 @torch.no_grad()
 def predict_bits(model, take, n, samples=1, batch_size=128):
-    """p(bit = 1) from the spectrum alone: decoded from a sample of q(z | spectrum), or the mean over several.
+    """p(bit = 1) from the spectrum alone: decoded from a sample of q(z | spectrum), or the mean
+    over several.
 
-    take(index): the spectra (B, 11000) of a LongTensor of examples, of 0 ... n - 1. -> (n, 2149) float32
+    take(index): the spectra (B, 11000) of a LongTensor of examples, of 0 ... n - 1. -> (n, 2149)
+    float32
     """
     device, found = next(model.parameters()).device, []
     for index in torch.arange(n).split(batch_size):
@@ -761,14 +808,17 @@ def predict_bits(model, take, n, samples=1, batch_size=128):
 
 
 def evaluate_spectra(model, dataset, challenges=None, samples=1, seed=0, batch_size=128):
-    """Fingerprints predicted from spectra: bits on the test split, ranks of the true candidates ([poe] 4.4, Fig. 11).
+    """Fingerprints predicted from spectra: bits on the test split, ranks of the true candidates
+    ([poe] 4.4, Fig. 11).
 
     challenges: data.load_challenges(root), or None. samples: of z, whose predictions are averaged.
-    "frequency" predicts for all spectra how often each bit is set in the training examples; it ranks the same candidates.
-    "random" is the expectation over random orders; its median is the k at which its top-k curve reaches one half.
-    -> {"bits": {"accuracy", "tanimoto", "cross_entropy"}, "frequency": {"bits": {...}}} and, with challenges,
-    {"rank": {"top1", "top5", "top10", "top20", "median"}, "random": {"rank"}, "ranks": {id: rank}, "sizes": {id: n}},
-    with "rank" and "ranks" in "frequency" too. Tops are shares of the challenges, ties have their mean rank.
+    "frequency" predicts for all spectra how often each bit is set in the training examples; it
+    ranks the same candidates. "random" is the expectation over random orders; its median is the k
+    at which its top-k curve reaches one half.
+    -> {"bits": {"accuracy", "tanimoto", "cross_entropy"}, "frequency": {"bits": {...}}} and, with
+    challenges, {"rank": {"top1", "top5", "top10", "top20", "median"}, "random": {"rank"}, "ranks":
+    {id: rank}, "sizes": {id: n}}, with "rank" and "ranks" in "frequency" too. Tops are shares of
+    the challenges, ties have their mean rank.
     """
     torch.manual_seed(seed)
     model.eval()
@@ -805,7 +855,7 @@ def by_id(challenges, values):
     return dict(zip(challenges.ids, values.tolist()))
 
 
-# ------------------------------------------------------------------------------------------ runs and tables
+# ---------------------------------------------------------------------------------- runs and tables
 
 
 REQUIRED = (
@@ -821,7 +871,8 @@ class Run(NamedTuple):
 
 
 def load_run(folder, device="cpu"):
-    """The trained model of a run folder. ValueError, in a sentence, when the folder is not whole."""
+    """The trained model of a run folder. ValueError, in a sentence, when the folder is not
+    whole."""
     folder = Path(folder)
     for name in ("args.json", "checkpoint.pt"):
         if not (folder / name).is_file():
@@ -871,7 +922,8 @@ def columns(metrics):
 
 
 def setting(result):
-    """What has to agree for two runs to be one row of a table: all but the seed and where it ran. -> dict"""
+    """What has to agree for two runs to be one row of a table: all but the seed and where it ran.
+    -> dict"""
     free = ("seed", "out", "data", "device", "amp", "compile", "resume")
     run = {k: v for k, v in result["run"].items() if k not in free}
     return run | run["options"] | {"epoch": result["epoch"]}
@@ -887,7 +939,8 @@ def grouped(results):
 
 
 def row_names(groups, leave_out=""):
-    """The model of each group and the flags in which the groups of one model differ: MEME kl=sample."""
+    """The model of each group and the flags in which the groups of one model differ: MEME
+    kl=sample."""
     shown = "paired unpaired epoch epochs spec options examples note".split() + [leave_out]
     settings, names = [setting(group[0]) for group in groups], []
     for own in settings:
@@ -1021,7 +1074,8 @@ def canvas(x):
 
 @torch.no_grad()
 def generation_grid(model, dataset, path):
-    """A column per digit, and per modality shown the rows input, generated from itself, generated in the others.
+    """A column per digit, and per modality shown the rows input, generated from itself, generated
+    in the others.
 
     Split images: two rows per subset of the parts, what is shown and the image regenerated from it.
     """
@@ -1069,8 +1123,9 @@ def distances(model, split, a, b, n=500):
 
 
 def relatedness(run, dataset, path):
-    """[meme] Figs. 8 and 9 for the first two modalities: W2 of related and unrelated pairs, between the classes, and
-    the classes' average-linkage tree. Related: the same label, or, without labels, the same example."""
+    """[meme] Figs. 8 and 9 for the first two modalities: W2 of related and unrelated pairs, between
+    the classes, and the classes' average-linkage tree. Related: the same label, or, without labels,
+    the same example."""
     plt = pyplot()
     a, b = dataset.names[:2]
     d, index = distances(run.model, dataset.test, 0, 1)
@@ -1112,7 +1167,8 @@ def tree(between, classes, ax):
 
 @torch.no_grad()
 def latent_map(run, dataset, path, n=1000):
-    """[meme] Figs. 19, 20: z ~ q(z|x_m) of every modality in the plane, by t-SNE, or PCA without scikit-learn."""
+    """[meme] Figs. 19, 20: z ~ q(z|x_m) of every modality in the plane, by t-SNE, or PCA without
+    scikit-learn."""
     plt = pyplot()
     index = torch.arange(min(n, len(dataset.test)))
     shown = singles(dataset.names).values()
@@ -1136,7 +1192,8 @@ def latent_map(run, dataset, path, n=1000):
 
 
 def gradient_noise(run, dataset, path, draws=30, examples=64):
-    """[meme] Fig. 10: |mean| / std over draws of z of every entry of MEME's gradient, with and without that of w."""
+    """[meme] Fig. 10: |mean| / std over draws of z of every entry of MEME's gradient, with and
+    without that of w."""
     plt = pyplot()
     model, xs = run.model, dataset.test[torch.arange(min(examples, len(dataset.test)))]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
@@ -1163,9 +1220,11 @@ def gradient_noise(run, dataset, path, draws=30, examples=64):
 
 
 def curves(results, folder, against="paired"):
-    """Every metric against a flag, the paired fraction: a line per model and setting, mean and spread over seeds.
+    """Every metric against a flag, the paired fraction: a line per model and setting, mean and
+    spread over seeds.
 
-    One figure per data set with two values of the flag or more ([meme] Figs. 5-7, 21, 22; [poe] Figs. 6-9).
+    One figure per data set with two values of the flag or more ([meme] Figs. 5-7, 21, 22; [poe]
+    Figs. 6-9).
     """
     plt = pyplot()
     for name in dict.fromkeys(r["run"]["dataset"] for r in results):
@@ -1213,7 +1272,8 @@ def curves(results, folder, against="paired"):
 
 @torch.no_grad()
 def draw_cub(model, dataset, path, root="./data", n=6):
-    """Photos and captions of n test pairs with what each generates ([meme] Fig. 4, [poe] Fig. 10), to an image file.
+    """Photos and captions of n test pairs with what each generates ([meme] Fig. 4, [poe] Fig. 10),
+    to an image file.
 
     A generated photo is the training photo whose features are nearest to the generated ones.
     """
@@ -1255,7 +1315,8 @@ def draw_cub(model, dataset, path, root="./data", n=6):
 
 
 def top_k_figure(results, path):
-    """Top-k curves of {run: evaluate_spectra's result}, of the bit frequencies and of random order ([poe] Fig. 11 D)."""
+    """Top-k curves of {run: evaluate_spectra's result}, of the bit frequencies and of random order
+    ([poe] Fig. 11 D)."""
     plt = pyplot()
     first = next(iter(results.values()))
     sizes = np.array(list(first["sizes"].values()))
@@ -1294,13 +1355,14 @@ def draw(run, dataset, folder, root, seed=0):
         gradient_noise(run, dataset, folder / f"{name}-gradient.png")
 
 
-# ------------------------------------------------------------------------------------------ python eval.py runs/...
+# -------------------------------------------------------------------------- python eval.py runs/...
 
 DIGITS = ("glyphs", "mnist-svhn", *nets.BANDS)  # the data sets that oracles judge
 
 
 def prepare(name, root, device):
-    """A data set on the device, with its oracles. -> Dataset, {view: Oracle}, {view: test accuracy}"""
+    """A data set on the device, with its oracles. -> Dataset, {view: Oracle}, {view: test
+    accuracy}"""
     dataset = data.load(name, root)
     dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
     found = {}

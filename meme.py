@@ -7,8 +7,9 @@
     L(s, t)     = ½ [ L(s -> t) + L(t -> s) ]                                             Eq. (2)
     L(s)        = E_q(z|s)[ log p(s|z) - log q(z|s) + log 1/N Σ_i p(z|u_i) ]              Eq. (4)
 
-The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i are learnable inputs that stand in for a
-missing t. Shapes: B examples, K samples, L latent dimensions, N pseudo-samples. A missing modality is None.
+The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i are learnable inputs
+that stand in for a missing t. Shapes: B examples, K samples, L latent dimensions, N pseudo-samples.
+A missing modality is None.
 Run:    python meme.py           # two minutes on two CPU cores, then: python eval.py runs/meme-glyphs-...
 """
 
@@ -65,7 +66,8 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 
 class MEME(nn.Module):
-    """kl: "closed" or "sample", the form of the bound; classifier_scale: the factor c on log q(t|s);
+    """kl: "closed" or "sample", the form of the bound; classifier_scale: the factor c on log
+    q(t|s);
     direction: the modality s of the one direction to train, instead of all; pseudo_samples: N;
     explicit: "mixture" or "product" of encoders as p(z|t) when t is several modalities (App. E)."""
 
@@ -158,7 +160,8 @@ class MEME(nn.Module):
         return (precision * mu).sum(0, keepdim=True) / total, -total.log()  # (1, B, L)
 
     def marginal_bound(self, s, x, mu, logvar):
-        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples. -> (B,), nats"""
+        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples. -> (B,),
+        nats"""
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         prior_mu, prior_logvar = self.pseudo_prior(s)
         log_p_z_u = log_normal(z[:, None], prior_mu, prior_logvar)  # (B, N)
@@ -194,7 +197,8 @@ class MEME(nn.Module):
         return mixture(*(torch.stack(parameters, 1) for parameters in zip(*seen)))
 
     def prior(self, s=None):
-        """p(z): the mixture over all pseudo-samples, our choice; eq. (4)'s prior of modality s alone."""
+        """p(z): the mixture over all pseudo-samples, our choice; eq. (4)'s prior of modality s
+        alone."""
         return mixture(*self.pseudo_prior(s))
 
     def decode(self, z):
@@ -204,7 +208,8 @@ class MEME(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
+        (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior(seen[0] if len(seen) == 1 else None)
@@ -217,7 +222,7 @@ class MEME(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# ------------------------------------------------------------------- the loop, one text in five scripts
+# --------------------------------------------------------------- the loop, one text in five scripts
 
 FREE = {
     "epochs",

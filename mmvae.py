@@ -7,7 +7,8 @@
                    E[ log 1/MK Σ_r Σ_k w_r,k ]                             --tight
                    1/M Σ_r E[ log w_r ]                                    "elbo"
 
-"dreg" has the value of "iwae" and the doubly reparameterised gradient of Tucker et al. (2019) as published.
+"dreg" has the value of "iwae" and the doubly reparameterised gradient of Tucker et al. (2019) as
+published.
 Shapes: B examples, K samples, R experts, L latent dimensions. A missing modality is None.
 Run:    python mmvae.py          # two minutes on two CPU cores, then: python eval.py runs/mmvae-glyphs-...
 """
@@ -141,7 +142,8 @@ class MMVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
+        (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -154,7 +156,7 @@ class MMVAE(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# ------------------------------------------------------------------- the loop, one text in five scripts
+# --------------------------------------------------------------- the loop, one text in five scripts
 
 FREE = {
     "epochs",

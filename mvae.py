@@ -49,7 +49,8 @@ def kl_to_prior(mu, logvar):
 
 
 class MVAE(nn.Module):
-    """subsets: how many random subsets join the objective when M > 2; anneal: epochs until β is 1."""
+    """subsets: how many random subsets join the objective when M > 2; anneal: epochs until β is
+    1."""
 
     def __init__(self, modalities, latent_dim, subsets=0, anneal=0):
         super().__init__()
@@ -100,7 +101,8 @@ class MVAE(nn.Module):
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
     def posterior(self, *xs):
-        """q(z|observed): the product of the observed experts and the prior. Batch (B,), event (L,)."""
+        """q(z|observed): the product of the observed experts and the prior. Batch (B,), event
+        (L,)."""
         return normal(*self.product([expert for expert in self.encode(xs) if expert is not None]))
 
     def prior(self):
@@ -115,7 +117,8 @@ class MVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
+        (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -128,7 +131,7 @@ class MVAE(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# ------------------------------------------------------------------- the loop, one text in five scripts
+# --------------------------------------------------------------- the loop, one text in five scripts
 
 FREE = {
     "epochs",

@@ -1,8 +1,10 @@
-"""Encoders, decoders and likelihoods: plain layers, the same for all five models. A reader of the models may skip it.
+"""Encoders, decoders and likelihoods: plain layers, the same for all five models. A reader of the
+models may skip it.
 
-A model is built from a list of `Modality`, one per modality, which `modalities(name)` makes. The layers are those of
-the papers' tables (MEME, Table 8; "In Defense of Product-of-Experts", Tables A.2-A.9), with their misprints corrected.
-A 4x4 convolution on a 4x4 map, or from a 1x1 map, is written as the linear layer that it is.
+A model is built from a list of `Modality`, one per modality, which `modalities(name)` makes. The
+layers are those of the papers' tables (MEME, Table 8; "In Defense of Product-of-Experts", Tables
+A.2-A.9), with their misprints corrected. A 4x4 convolution on a 4x4 map, or from a 1x1 map, is
+written as the linear layer that it is.
 
 Shapes: B examples, K samples, L latent dimensions, V words.
 """
@@ -23,9 +25,10 @@ MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 
 class Modality(NamedTuple):
     """What a model needs to know of one modality.
 
-    encoder(latent_dim) builds a module x -> (mu, logvar), each (B, L); decoder(latent_dim) one from z, with any
-    leading axes, to the likelihood's parameter: logits (bernoulli, categorical) or the location (laplace, normal).
-    `weight` multiplies the log-likelihood in a model's objective, `scale` is the one of laplace and normal.
+    encoder(latent_dim) builds a module x -> (mu, logvar), each (B, L); decoder(latent_dim) one from
+    z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical) or the
+    location (laplace, normal). `weight` multiplies the log-likelihood in a model's objective,
+    `scale` is the one of laplace and normal.
     """
 
     name: str
@@ -60,13 +63,14 @@ def log_prob(modality, parameter, x):
 
 
 def mean(modality, parameter):
-    """E[x|z] from the decoder's parameter: probabilities for bernoulli and categorical, else the location."""
+    """E[x|z] from the decoder's parameter: probabilities for bernoulli and categorical, else the
+    location."""
     if modality.likelihood == "bernoulli":
         return torch.sigmoid(parameter)
     return parameter.softmax(-1) if modality.likelihood == "categorical" else parameter
 
 
-# ------------------------------------------------------------------------------------------ building blocks
+# ---------------------------------------------------------------------------------- building blocks
 
 
 def gaussian(h):
@@ -76,7 +80,8 @@ def gaussian(h):
 
 
 def apply(net, x, running=False):
-    """net(x). BatchNorm takes its running statistics for one example alone, which has no spread, and where asked to."""
+    """net(x). BatchNorm takes its running statistics for one example alone, which has no spread,
+    and where asked to."""
     norms = [
         m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
@@ -91,7 +96,8 @@ def apply(net, x, running=False):
 
 
 class Encoder(nn.Module):
-    """x -> mu, logvar of a Gaussian over z: a trunk of `width` features and one linear head for both."""
+    """x -> mu, logvar of a Gaussian over z: a trunk of `width` features and one linear head for
+    both."""
 
     def __init__(self, trunk, width, latent_dim):
         super().__init__()
@@ -103,7 +109,8 @@ class Encoder(nn.Module):
 
 
 class Joint(nn.Module):
-    """[x_1, ..., x_M] -> mu, logvar of q(z|x_1..M): trunks of its own, a layer of 512 each, one head ([poe] App. A)."""
+    """[x_1, ..., x_M] -> mu, logvar of q(z|x_1..M): trunks of its own, a layer of 512 each, one
+    head ([poe] App. A)."""
 
     def __init__(self, modalities, latent_dim):
         super().__init__()
@@ -120,7 +127,8 @@ class Joint(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (..., L) -> the likelihood's parameter (..., *shape), float32; all leading axes pass as one batch."""
+    """z (..., L) -> the likelihood's parameter (..., *shape), float32; all leading axes pass as one
+    batch."""
 
     def __init__(self, net, shape):
         super().__init__()
@@ -155,7 +163,8 @@ class Crop(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """Words (B, 32) or, for pseudo-samples, their logits (B, 32, V) -> (B, 1, 32, 128), a picture of the caption."""
+    """Words (B, 32) or, for pseudo-samples, their logits (B, 32, V) -> (B, 1, 32, 128), a picture
+    of the caption."""
 
     def __init__(self, weight):
         super().__init__()
@@ -179,7 +188,7 @@ class WordLogits(nn.Module):
         return F.linear(h.squeeze(1), self.weight, self.bias)
 
 
-# ------------------------------------------------------------------------------------------ the papers' networks
+# ----------------------------------------------------------------------------- the papers' networks
 
 
 def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False):
@@ -201,7 +210,8 @@ def mlp_decoder(sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash
 
 
 def image_encoder(shape, channels, latent_dim):
-    """4x4 convolutions of stride 2. SVHN, [poe] Table A.4: 3x32x32, 32x16x16, 64x8x8, 128x4x4, 2L."""
+    """4x4 convolutions of stride 2. SVHN, [poe] Table A.4: 3x32x32, 32x16x16, 64x8x8, 128x4x4,
+    2L."""
     layers, (a, height, width) = [], shape
     for b in channels:
         layers += [nn.Conv2d(a, b, 4, 2, 1), nn.ReLU()]
@@ -228,7 +238,8 @@ def image_decoder(shape, channels, latent_dim, squash=False):
 
 
 def band_encoder(latent_dim):
-    """[poe] Tables A.2, A.7: 1x14x28, 64x7x14, 128x3x7, 256x1x3 = 768, 512, 2L (1x9x28: 64x4x14, 128x2x7, the same)."""
+    """[poe] Tables A.2, A.7: 1x14x28, 64x7x14, 128x3x7, 256x1x3 = 768, 512, 2L (1x9x28: 64x4x14,
+    128x2x7, the same)."""
     layers, a = [], 1
     for b in (64, 128, 256):
         layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.ReLU()]
@@ -239,7 +250,8 @@ def band_encoder(latent_dim):
 
 
 def band_decoder(shape, latent_dim, squash=False):
-    """[poe] Tables A.2, A.7: L, 512, 112x1x1, 56x3x5, 28x7x13, 1x14x28 (1x9x28: 56x2x5, 28x4x13, 1x9x28)."""
+    """[poe] Tables A.2, A.7: L, 512, 112x1x1, 56x3x5, 28x7x13, 1x14x28 (1x9x28: 56x2x5, 28x4x13,
+    1x9x28)."""
     kernels = {14: ((3, 5), (3, 5), (2, 4)), 9: ((2, 5), (2, 5), (3, 4))}[shape[1]]
     layers = [
         nn.Linear(latent_dim, 512),
@@ -271,7 +283,8 @@ def caption_encoder(embedding, latent_dim):
 
 
 def caption_decoder(embedding, latent_dim):
-    """The mirror of caption_encoder, from 512x4x4 to 1x32x128, then the embedding's transpose: 32xV."""
+    """The mirror of caption_encoder, from 512x4x4 to 1x32x128, then the embedding's transpose:
+    32xV."""
     layers = [nn.Linear(latent_dim, 512 * 4 * 4), nn.ReLU(), Map(512, 4, 4)]
     for a, b, *geometry in CAPTION_LAYERS[:0:-1]:
         layers += [nn.ConvTranspose2d(b, a, *geometry, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
@@ -279,7 +292,7 @@ def caption_decoder(embedding, latent_dim):
     return Decoder(nn.Sequential(*layers), (32, len(embedding)))
 
 
-# ------------------------------------------------------------------------------------------ data set -> modalities
+# --------------------------------------------------------------------------- data set -> modalities
 
 BANDS = {"mnist-split": ("top", "bottom"), "mnist-split3": ("top", "middle", "bottom")}
 LIKELIHOODS = ("bernoulli", "laplace", "normal", "categorical")
@@ -288,10 +301,12 @@ LIKELIHOODS = ("bernoulli", "laplace", "normal", "categorical")
 def modalities(name, shapes=None, vocabulary=None, width=1.0, likelihoods=None, weights=None):
     """The modalities of a data set, ready for a model.
 
-    name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own arrays.
-    shapes: {modality: shape}, for npz. vocabulary: words of cub's captions. width: scales the layers of spectra.
-    likelihoods, weights: one per modality, instead of the defaults.
-    Make a list per model: the caption networks of one list share one embedding. ValueError for what does not fit.
+    name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
+    arrays.
+    shapes: {modality: shape}, for npz. vocabulary: words of cub's captions. width: scales the
+    layers of spectra. likelihoods, weights: one per modality, instead of the defaults.
+    Make a list per model: the caption networks of one list share one embedding. ValueError for what
+    does not fit.
     """
     if name == "glyphs":
         found = [flat("grey", (1, 28, 28)), conv("colour", (3, 32, 32), (16, 32, 64))]
@@ -346,7 +361,8 @@ def band(name, shape):
 
 
 def bird_features():
-    """[poe] Table A.6. Laplace of scale .01, weighted .002: the released code of both papers' baselines."""
+    """[poe] Table A.6. Laplace of scale .01, weighted .002: the released code of both papers'
+    baselines."""
     encoder = partial(mlp_encoder, (2048, 1024, 512, 256), activation=nn.ELU)
     decoder = partial(mlp_decoder, (256, 512, 1024, 2048), (2048,), activation=nn.ELU)
     return Modality("image", (2048,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
@@ -378,7 +394,8 @@ def fingerprints():
 
 
 def own_array(name, shape):
-    """A user's images (C, H, W) get SVHN's networks, other arrays two layers of their width, 64 to 512."""
+    """A user's images (C, H, W) get SVHN's networks, other arrays two layers of their width, 64 to
+    512."""
     if len(shape) == 3:
         return conv(name, shape, (32, 64, 128))
     size = math.prod(shape)

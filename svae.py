@@ -7,7 +7,8 @@
                     - Σ_m KL(q(z|x_1, x_2) || q(z|x_m)) + L(x_1) + L(x_2)                 Eq. (19)
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
-Three modalities: eq. (33)-(38). Shapes: B examples, L latent dimensions. A missing modality is None.
+Three modalities: eq. (33)-(38). Shapes: B examples, L latent dimensions. A missing modality is
+None.
 Run:    python svae.py           # two minutes on two CPU cores, then: python eval.py runs/svae-glyphs-...
 """
 
@@ -143,7 +144,8 @@ class SVAE(nn.Module):
                 )
 
     def posterior(self, *xs):
-        """q(z|observed); of two in three the equal mixture of eq. (35) and (36). Batch (B,), event (L,)."""
+        """q(z|observed); of two in three the equal mixture of eq. (35) and (36). Batch (B,), event
+        (L,)."""
         seen = tuple(m for m, x in enumerate(xs) if x is not None)
         found = self.encode(xs)[seen]
         if len(found) == 1:
@@ -161,7 +163,8 @@ class SVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
+        (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -174,7 +177,7 @@ class SVAE(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# ------------------------------------------------------------------- the loop, one text in five scripts
+# --------------------------------------------------------------- the loop, one text in five scripts
 
 FREE = {
     "epochs",

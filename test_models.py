@@ -1,7 +1,8 @@
 """What has to hold, in numbers. `pytest test_models.py`: no download, no GPU, under three minutes.
 
-Bounds are held against the exact evidence of a linear-Gaussian model, products and divergences against grids and
-torch.distributions, estimators against their expectation, loops against themselves, killed and resumed.
+Bounds are held against the exact evidence of a linear-Gaussian model, products and divergences
+against grids and torch.distributions, estimators against their expectation, loops against
+themselves, killed and resumed.
 """
 
 import ast
@@ -57,7 +58,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ------------------------------------------------------------------------------------------ a model with an evidence
+# ------------------------------------------------------------------------- a model with an evidence
 
 
 class Linear(nn.Module):
@@ -103,7 +104,8 @@ def evidence(model, xs, mean=None, variance=None):
 
 
 def orthogonal(model):
-    """Decoders with orthogonal columns: their exact posteriors are diagonal, so an encoder can have them."""
+    """Decoders with orthogonal columns: their exact posteriors are diagonal, so an encoder can have
+    them."""
     for decode in model.decoders:
         decode.weight.data = torch.linalg.qr(torch.randn_like(decode.weight))[0] * torch.tensor(
             [1.3, 0.6]
@@ -111,7 +113,8 @@ def orthogonal(model):
 
 
 def exact(encode, decode, prior_share):
-    """Make an encoder the Gaussian ∝ p(x|z) p(z)^prior_share; without a decoder, p(z)^prior_share alone."""
+    """Make an encoder the Gaussian ∝ p(x|z) p(z)^prior_share; without a decoder, p(z)^prior_share
+    alone."""
     precision = torch.full((L,), float(prior_share))
     if decode is not None:
         precision = precision + (decode.weight**2).sum(0) / NOISE**2
@@ -137,7 +140,7 @@ def images(name, n=2):
     return [torch.rand(n, *m.shape) for m in nets.modalities(name)]
 
 
-# ------------------------------------------------------------------------------------------ bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 @pytest.mark.parametrize("seen", [(0,), (1,), (0, 1)])
@@ -313,7 +316,7 @@ def test_importance_sampling_finds_the_evidence(name):
         torch.testing.assert_close(found, exactly.expand(4), atol=0.1, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------ MEME
+# --------------------------------------------------------------------------------------------- MEME
 
 
 def test_meme_weights_are_positive_at_most_k_and_one_on_average():
@@ -393,7 +396,7 @@ def test_meme_trains_one_direction_alone():
         model.refuse_untrained([(True, True), (False, True)])
 
 
-# ------------------------------------------------------------------------------------------ products and divergences
+# ------------------------------------------------------------------------- products and divergences
 
 
 def grid_product(gaussians):
@@ -502,11 +505,12 @@ def test_parameter_counts_grow_as_figure_2_counts_them():
     assert trunks == {"svae": 3**2, "vaevae": 3 * 2**2}
 
 
-# ------------------------------------------------------------------------------------------ DReG
+# --------------------------------------------------------------------------------------------- DReG
 
 
 def encoder_gradients(objective, xs, draws):
-    """The gradient of a nearly exact encoder, draw by draw. -> mean, standard deviation of the mean"""
+    """The gradient of a nearly exact encoder, draw by draw. -> mean, standard deviation of the
+    mean"""
     torch.manual_seed(1)
     model, found = linear_model("mmvae", objective=objective, samples=10), []
     orthogonal(model)
@@ -543,7 +547,7 @@ def test_dreg_has_the_value_of_iwae_and_its_decoder_gradient():
             torch.testing.assert_close(a, b)
 
 
-# ------------------------------------------------------------------------------------------ patterns of modalities
+# --------------------------------------------------------------------------- patterns of modalities
 
 
 def three_from_two(name, **options):
@@ -714,7 +718,7 @@ def test_encoders_and_decoders_run_no_more_than_they_must():
         assert max(n for key, n in rows.items() if "decoders" in key) == 5 * least[name]
 
 
-# ------------------------------------------------------------------------------------------ networks and likelihoods
+# ------------------------------------------------------------------------- networks and likelihoods
 
 
 def test_likelihoods_are_those_of_torch():
@@ -770,7 +774,7 @@ def test_likelihoods_and_weights_can_be_chosen_and_are_checked():
             nets.modalities("glyphs", **options)
 
 
-# ------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.parametrize(
@@ -978,7 +982,7 @@ def test_files_that_are_not_what_they_should_be_are_refused_in_a_sentence(
         data.load(str(tmp_path / "absent.npz"))
 
 
-# ------------------------------------------------------------------------------------------ CUB
+# ---------------------------------------------------------------------------------------------- CUB
 
 CAPTIONS = ["this bird has a Red belly, and red-tipped wings.", "the bird's beak is small."]
 SPECIES = {"train": ("001.Albatross", "002.Ani"), "test": ("003.Auklet",)}
@@ -1501,7 +1505,8 @@ def record(smiles, peaks="57.07 100\n71.08 25", key=None, **changed):
 
 
 def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
-    """Challenges of the true compound `truth`, each with three candidates, two of them stereoisomers."""
+    """Challenges of the true compound `truth`, each with three candidates, two of them
+    stereoisomers."""
     (folder / "c.mgf").write_text(
         "".join(f"BEGIN IONS\nTITLE={i}\nPEPMASS=47\n57.07 10\n1200 5\nEND IONS\n\n" for i in ids)
     )
@@ -1526,7 +1531,7 @@ def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
     }
 
 
-# ------------------------------------------------------------------------------------------ sparse matrices
+# ---------------------------------------------------------------------------------- sparse matrices
 
 
 def test_sparse_rows_equal_the_dense_matrix():
@@ -1629,7 +1634,7 @@ def test_peaks_are_binned_added_and_square_rooted():
     assert len(data.bin_peaks(outside)[0]) == 0
 
 
-# ------------------------------------------------------------------------------------------ preparing
+# ---------------------------------------------------------------------------------------- preparing
 
 
 def test_without_rdkit_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
@@ -1672,7 +1677,8 @@ def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted
         + record("CCO", Precursor_type="[M+Na]+")
         + record("CCO", Spectrum_type="MS3")
     )
-    # Kept: without an InChIKey (taken from the SMILES), with a peak beyond the range, and without what [M+H]+ implies.
+    # Kept: without an InChIKey (taken from the SMILES), with a peak beyond the range, and without
+    # what [M+H]+ implies.
     kept = record("OCC", key="") + record("CC(C)=O", "1100.5 7\n57.07 7")
     kept = kept.replace("Ion_mode: P\nNum", "Num").replace("Spectrum_type: MS2\n", "")
     path = tmp_path / "a.msp.gz"
@@ -1833,7 +1839,8 @@ def test_tanimoto():
 
 
 class Lookup(torch.nn.Module):
-    """A stand-in for a model: z is the spectrum, and decodes to the bits that `answers` has for its first bin."""
+    """A stand-in for a model: z is the spectrum, and decodes to the bits that `answers` has for its
+    first bin."""
 
     def __init__(self, answers, noise=0.0):
         super().__init__()
@@ -1849,7 +1856,8 @@ class Lookup(torch.nn.Module):
 
 
 def spectra_to_name(n=4, candidates=30):
-    """Spectrum i has its one peak in bin i; fingerprints are random. -> Dataset, Challenges, fingerprints (n, 2149)"""
+    """Spectrum i has its one peak in bin i; fingerprints are random. -> Dataset, Challenges,
+    fingerprints (n, 2149)"""
     generator = np.random.default_rng(0)
     peaks = [(np.array([i], np.int16), np.ones(1, np.float32)) for i in range(n)]
     spectra = data.Sparse(*map(torch.from_numpy, data.csr(peaks)), data.BINS)
@@ -1910,7 +1918,8 @@ def test_the_mean_over_samples_is_that_of_the_probabilities():
 
 
 def planted(n, correlations, extra=3, seed=0):
-    """x, y whose canonical correlations are known: mixed by random matrices, with noise dimensions."""
+    """x, y whose canonical correlations are known: mixed by random matrices, with noise
+    dimensions."""
     rng, k = np.random.default_rng(seed), len(correlations)
     r = np.array(correlations)
     x, y = rng.standard_normal((n, k + extra)), rng.standard_normal((n, k + extra + 2))
@@ -2053,7 +2062,8 @@ def test_linear_probe_is_accurate_on_blobs_and_at_chance_on_noise():
     assert abs(evaluation.linear_probe(constant, y, constant, y) - bayes) < 0.02
 
 
-# A data set whose pixels spell the label, an oracle that reads it, and models that decode what they like.
+# A data set whose pixels spell the label, an oracle that reads it, and models that decode what they
+# like.
 
 
 def toy(name="mnist-svhn", n=600, seed=0):
@@ -2444,7 +2454,7 @@ def test_the_papers_rows_stand_under_ours():
     assert "paper" not in evaluation.table([run])
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @pytest.fixture
@@ -2591,7 +2601,8 @@ streams = data.pairing(11, ("0", "1"), 0.5, "split")
 torch.manual_seed(0)
 model = mvae.MVAE(nets.modalities("npz", shapes=dict([("0", [3]), ("1", [2])])), 2)
 net = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-for batch in data.batches(split, streams, 7, "natural", torch.Generator().manual_seed(1), rank, world):
+for batch in data.batches(split, streams, 7, "natural", torch.Generator().manual_seed(1), rank,
+world):
     net(batch).sum().backward()
 if rank == 0:
     torch.save([w.grad for w in model.parameters()], {out!r})
@@ -2628,7 +2639,7 @@ def test_a_script_trains_with_everything_optional_missing(arrays, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-# ------------------------------------------------------------------------------------------ the text itself
+# ---------------------------------------------------------------------------------- the text itself
 
 
 def functions(script):

@@ -1,4 +1,5 @@
-"""VAEVAE: a network for every subset of the modalities (Wu & Goodman, 2019; in Kutuzova et al., 2021).
+"""VAEVAE: a network for every subset of the modalities (Wu & Goodman, 2019; in Kutuzova et al.,
+2021).
 
     p(x_1..M, z)  = p(z) Π_m p(x_m|z),  p(z) = N(0, I)                     generative model
     q(z|x_1, x_2), q(z|x_1), q(z|x_2)                                      networks: variant (b)
@@ -7,7 +8,8 @@
                     - Σ_m KL(q(z|x_1, x_2) || q(z|x_m))                    Eq. (19), its first part
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
-Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions. A missing modality is None.
+Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions. A missing modality is
+None.
 Run:    python vaevae.py         # two minutes on two CPU cores, then: python eval.py runs/vaevae-glyphs-...
 """
 
@@ -149,7 +151,8 @@ class VAEVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. -> (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
+        (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -162,7 +165,7 @@ class VAEVAE(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# ------------------------------------------------------------------- the loop, one text in five scripts
+# --------------------------------------------------------------- the loop, one text in five scripts
 
 FREE = {
     "epochs",
