@@ -17,7 +17,6 @@ Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, 
 import argparse
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -168,6 +167,9 @@ def w2(mean1, scale1, mean2, scale2):
 # ------------------------------------------------------------------------------------------ oracles
 
 
+RECIPE = 1  # to be raised when what follows changes: oracles kept from before are trained anew
+
+
 class Oracle(nn.Module):
     """A digit classifier, images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W are 24 or
     more.
@@ -307,8 +309,7 @@ def load_oracle(dataset, name, root, steps=1000):
     """
     view, path = views(dataset)[name], data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
     device = dataset.test.labels.device
-    recipe = [inspect.getsource(part) for part in (Oracle, GaussianProcess, train_oracle)]
-    digest = hashlib.sha256(f"{recipe} {steps}".encode())
+    digest = hashlib.sha256(f"recipe {RECIPE}, {steps} steps".encode())
     for split in (dataset.train, dataset.test):
         for tensor in (*split.bases, *split.rows, split.labels):
             digest.update(tensor.cpu().contiguous().numpy())
