@@ -191,11 +191,14 @@ def positive(text):
 def write(path, content):
     """Write bytes beside their place and rename, so that a kill leaves the old file or the new."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save(run, model, optimizer, epoch, log):
