@@ -243,18 +243,17 @@ def main(argv=None):
     flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
     flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
     flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
-    flag("--epochs", type=at_least(1))
-    flag("--batch-size", type=at_least(1))
+    flag("--epochs", type=at_least(1), help="passes over the data")
+    flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
     flag("--latent-dim", type=at_least(1), help="L")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
-    flag("--seed", type=at_least(0), default=0)
+    flag("--seed", type=at_least(0), default=0, help="of pairing, weights, order and noise")
     flag("--limit", type=at_least(1), help="only the first N training examples")
-    flag(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
-    )
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
     flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
