@@ -252,7 +252,7 @@ def glyphs(n, seed):
     def warped(labels, size):
         """Rotated by up to 9 degrees, sheared, 1 to 1.2 times as large, shifted by up to 4 %. ->
         (n, 1, size, size)"""
-        angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.1, 0.1), uniform(1, 1.2)
+        angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.05, 0.05), uniform(1, 1.2)
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         across = torch.stack([cos, shear * cos - sin, uniform(-0.08, 0.08)], -1)
         down = torch.stack([sin, shear * sin + cos, uniform(-0.08, 0.08)], -1)

@@ -32,7 +32,7 @@ import data
 import nets
 
 DEFAULTS = {
-    "glyphs": dict(epochs=6, batch_size=64, lr=1e-3, latent_dim=20, samples=3),
+    "glyphs": dict(epochs=5, batch_size=64, lr=1e-3, latent_dim=20, samples=3),
     "mnist-split": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=64),
     "mnist-split3": dict(epochs=50, batch_size=128, lr=1e-3, latent_dim=64),
     "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20, samples=30),
