@@ -2564,6 +2564,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(arrays
     train("mvae", *flags, "--epochs", kept["epoch"] + 1, "--lr", 1e-4, "--out", run, "--resume")
 
 
+def test_tiny_cases_give_sensible_numbers(arrays, tmp_path):
+    for script in SCRIPTS:  # batches of one, a stream smaller than its share, K = 1, L = 1
+        flags = ["--dataset", arrays, "--paired", 0.1, "--unpaired", "all", "--limit", 20]
+        flags += ["--batch-size", 1, "--latent-dim", 1, "--epochs", 1, "--out", tmp_path / script]
+        train(script, *flags, *(["--samples", 1] if script in ("meme", "mmvae") else []))
+        row = (tmp_path / script / "log.csv").read_text().splitlines()[1].split(",")
+        assert all(math.isfinite(float(value)) for value in row)
+
+
+@pytest.mark.parametrize("unpaired", ["split", "0", "all", "rest", "none"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_percent_of_pairs_trains_or_is_refused_in_a_sentence(
+    script, unpaired, arrays, tmp_path, capsys
+):
+    flags = ["--dataset", arrays, "--paired", 0.01, "--unpaired", unpaired, "--batch-size", 5]
+    flags += ["--epochs", 1, "--out", tmp_path / "run"]
+    if script == "vaevae" and unpaired in ("0", "none"):  # no stream of modality 1 alone
+        refused(script, *flags)
+        assert "--objective svae" in capsys.readouterr().err
+    else:
+        train(script, *flags)
+        assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
 def test_the_data_s_own_mask_is_used_and_refuses_a_fraction(tmp_path, capsys):
     rng = np.random.default_rng(0)
     mask = np.array([[1, 1]] * 10 + [[1, 0]] * 10 + [[0, 1]] * 10, bool)
