@@ -1341,7 +1341,7 @@ def draw(run, dataset, folder, root, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     name = run.folder.resolve().name
-    images = all(base.ndim == 4 for base in dataset.test.bases)
+    images = all(len(base.shape) == 4 for base in dataset.test.bases)
     if images:
         joint_grid(run.model, dataset, folder / f"{name}-joint.png")
     if dataset.test.labels is not None:
