@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -549,7 +550,9 @@ def character_ngrams(words, shortest=3, longest=6):
             columns.append(index.setdefault(gram, len(index)))
     where = torch.tensor([rows, columns])
     units = torch.sparse_coo_tensor(where, torch.ones(len(rows)), (len(words), len(index)))
-    return units.coalesce().to_sparse_csr(), units.t().coalesce().to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta
+        return units.coalesce().to_sparse_csr(), units.t().coalesce().to_sparse_csr()
 
 
 def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
