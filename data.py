@@ -182,35 +182,28 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
     """
     sizes, steps = shares(streams, batch_size, sampling)
     total = sum(len(index) for _, index in streams)
-    draws = [endless(index, generator, split.rows[0].device) for _, index in streams]
     largest = max(len(index) for _, index in streams)
+    queues = []
+    for (_, index), size in zip(streams, sizes):
+        full = sampling == "balanced" and len(index) == largest
+        need = largest if full else size * steps
+        order = [
+            torch.randperm(len(index), generator=generator) for _ in range(-(-need // len(index)))
+        ]
+        queues.append(index[torch.cat(order)].to(split.rows[0].device).split(size))
     for step in range(steps):
         batch, dealt = [], rank
-        for (shown, index), size, draw in zip(streams, sizes, draws):
-            if sampling == "balanced" and len(index) == largest:
-                size = min(size, largest - step * batch_size)  # the last step of the pass
+        for (shown, index), queue in zip(streams, queues):
+            drawn = queue[step]
             weight = 1.0 if sampling == "balanced" else len(index) / total
-            chosen = draw(size)[dealt % world :: world]  # dealt like cards: no rank goes without
-            dealt -= size
+            chosen = drawn[dealt % world :: world]  # dealt like cards
+            dealt -= len(drawn)
             if len(chosen):
-                batch.append((weight * world * len(chosen) / size, show(split, shown, chosen)))
+                share = world * len(chosen) / len(drawn)
+                batch.append((weight * share, show(split, shown, chosen)))
+        if not batch:  # fewer examples than ranks: one again, of no weight
+            batch.append((0.0, show(split, streams[0][0], queues[0][step][:1])))
         yield batch
-
-
-def endless(index, generator, device):
-    """A function n -> the next n of the shuffled index, which is shuffled again whenever it runs
-    out."""
-    queue = torch.empty(0, dtype=torch.long, device=device)
-
-    def draw(n):
-        nonlocal queue
-        while len(queue) < n:
-            again = index[torch.randperm(len(index), generator=generator)].to(device)
-            queue = torch.cat([queue, again])
-        taken, queue = queue[:n], queue[n:]
-        return taken
-
-    return draw
 
 
 def observed(split, streams, n):

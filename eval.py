@@ -1201,6 +1201,7 @@ def gradient_noise(run, dataset, path, draws=30, examples=64):
     plt = pyplot()
     model, xs = run.model, dataset.test[torch.arange(min(examples, len(dataset.test)))]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    model.kl = "sample"  # eq. (6) as printed, of which eq. (7) is the gradient
     for full in (False, True):
         model.full_gradient = full
         label, colour = ("eq. (7)", PAIRED) if full else ("w detached", UNPAIRED)
@@ -1216,7 +1217,7 @@ def gradient_noise(run, dataset, path, draws=30, examples=64):
             ratio = (mean.abs() / std)[std > 0].log10().cpu().clamp(-4, 2)
             ax.hist(ratio, 60, alpha=0.7, label=label, color=colour, density=True)
             ax.set(xlabel="log10 |mean| / std of a gradient entry", title=part)
-    model.full_gradient = run.args["options"]["full_gradient"]
+    model.full_gradient, model.kl = (run.args["options"][k] for k in ("full_gradient", "kl"))
     axes[0].legend()
     figure.suptitle(title(run))
     figure.savefig(path, dpi=150)

@@ -80,8 +80,8 @@ def gaussian(h):
 
 
 def apply(net, x, running=False):
-    """net(x). BatchNorm takes its running statistics for one example alone, which has no spread,
-    and where asked to."""
+    """net(x). BatchNorm takes its running statistics for one example alone, which has no spread, and
+    where asked to: a copy of them, for a later batch changes them before the gradient is taken."""
     norms = [
         m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
@@ -89,7 +89,8 @@ def apply(net, x, running=False):
         return net(x)
     for norm in norms:
         norm.eval()
-    h = net(x)
+    copies = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    h = torch.func.functional_call(net, copies, (x,))
     for norm in norms:
         norm.train()
     return h

@@ -758,6 +758,19 @@ def test_batchnorm_takes_one_example_and_pseudo_samples_by_its_running_statistic
     assert not all(torch.equal(v, encode.state_dict()[k]) for k, v in before.items())
 
 
+def test_a_later_batch_does_not_change_the_gradient_of_pseudo_samples():
+    encode, gradients = nets.modalities("spectra", width=0.001)[0].encoder(3).train(), []
+    u, x = torch.rand(4, 11000, requires_grad=True), torch.rand(6, 11000)
+    state = {k: v.clone() for k, v in encode.state_dict().items()}
+    for later in (False, True):
+        encode.load_state_dict(state)
+        mu, _ = encode(u, running=True)
+        if later:
+            encode(x)  # moves the running statistics before backward
+        gradients.append(torch.autograd.grad(mu.sum(), u)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_likelihoods_and_weights_can_be_chosen_and_are_checked():
     first, second = nets.modalities(
         "glyphs", likelihoods=["laplace", "bernoulli"], weights=["2", "1"]
@@ -856,6 +869,19 @@ def test_ranks_share_a_step_out_without_loss():
                 assert torch.cat([ys[m] for _, ys in mine]).sort(0)[0].equal(xs[m].sort(0)[0])
                 mean = sum(w * ys[m].mean() for w, ys in mine) / 3
                 assert mean == pytest.approx(weight * xs[m].mean().item(), rel=1e-5)
+
+
+def test_a_rank_without_an_example_gets_one_of_no_weight():
+    for n, size, sampling in ((10, 8, "balanced"), (9, 4, "natural")):
+        split = tiny(n)
+        streams = data.pairing(n, ("a", "b"), 1 / 3 if n == 9 else 1.0, "split", seed=0)
+        ranks = [
+            list(data.batches(split, streams, size, sampling, rank=r, world=4)) for r in range(4)
+        ]
+        for parts in zip(*ranks, strict=True):
+            assert all(parts)
+            shares = sum(w for part in parts for w, _ in part) / 4
+            assert shares == pytest.approx(len(streams) if sampling == "balanced" else 1)
 
 
 def test_balanced_sampling_is_one_pass_over_the_largest_stream():

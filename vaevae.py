@@ -132,8 +132,13 @@ class VAEVAE(nn.Module):
             if not self.marginals and not alone:
                 raise ValueError(
                     f"--objective vaevae trains q(z|{modality.name}) on {modality.name} alone, and "
-                    "no stream shows that: use --unpaired all, or --objective svae"
+                    "no stream shows that: use --objective svae or, without a train_mask, --unpaired all"
                 )
+        names = [m.name for m in self.modalities]
+        for subset in itertools.combinations(range(len(names)), 2) if self.joints else ():
+            if not any(all(mask[m] for m in subset) for mask in masks):
+                pair = " and ".join(names[m] for m in subset)
+                raise ValueError(f"no example shows {pair} together: use --variant a")
 
     def posterior(self, *xs):
         """q(z|observed). Batch (B,), event (L,)."""
@@ -226,7 +231,8 @@ def save(run, model, optimizer, epoch, log):
 def nats(model, xs):
     """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
     model.eval()
-    if not model([(1.0, xs)]).isfinite():
+    few = [None if x is None else x[:16] for x in xs]
+    if not model([(1.0, few)]).isfinite():
         raise FloatingPointError("the objective is not finite after its last step")
     z, found = model.posterior(*xs).sample(), []
     for m, decode, x in zip(model.modalities, model.decoders, xs):
@@ -269,8 +275,8 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of VAEVAE").add_argument  # this script only
-    flag("--objective", default="vaevae", choices=["vaevae", "svae"])  # this script only
-    flag("--variant", default="b", choices=["a", "b"])  # this script only
+    flag("--objective", default="vaevae", choices=["vaevae", "svae"], help="L")  # this script only
+    flag("--variant", default="b", choices=["a", "b"], help="joint q(z|x)")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 
@@ -383,11 +389,11 @@ def main(argv=None):
                 loss.sum().backward()
                 optimizer.step()
 
-                losses.append(loss.detach())
+                losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))
                 now = time.perf_counter()
                 if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
-                    for at, values in enumerate(losses, step + 1 - len(losses)):
-                        for value, (shown, _) in zip(values.tolist(), streams):
+                    for at, (values, masks) in enumerate(losses, step + 1 - len(losses)):
+                        for value, shown in zip(values.tolist(), masks):
                             total += value
                             if not math.isfinite(value):
                                 what = "+".join(n for n, seen in zip(dataset.names, shown) if seen)
