@@ -262,14 +262,10 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of MMVAE").add_argument  # this script only
-    flag(
-        "--objective", default="iwae", choices=["iwae", "elbo", "dreg"], help="L"
-    )  # this script only
+    flag("--objective", default="iwae", choices=["iwae", "elbo", "dreg"])  # this script only
     flag("--samples", type=at_least(1), default=10, help="K")  # this script only
     flag("--tight", action="store_true", help="the mixture inside the log")  # this script only
-    flag(
-        "--posterior", default="normal", choices=["normal", "laplace"], help="q_m"
-    )  # this script only
+    flag("--posterior", default="normal", choices=["normal", "laplace"])  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 
