@@ -36,6 +36,7 @@ DEFAULTS = {
     "spectra": dict(epochs=140, batch_size=100, lr=1e-4, latent_dim=300),
     "npz": dict(epochs=100, batch_size=100, lr=1e-3, latent_dim=20),
 }
+MIN_PRECISION = 0.1  # of an expert; the prior's is 1
 
 
 def normal(mu, logvar):
@@ -66,7 +67,10 @@ class MVAE(nn.Module):
 
     def encode(self, xs):
         """The expert of each observed modality. -> M times mu, logvar, each (B, L)"""
-        return [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+        experts = [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+        # Beside the prior a flat expert costs nothing and gets no gradient: without a floor on the
+        # precision the experts run away to it in the first epoch, and stay there
+        return [e and (e[0], -(torch.exp(-e[1]) + MIN_PRECISION).log()) for e in experts]
 
     def product(self, experts):
         """Precisions add, the prior N(0, I) is one more expert, once. -> mu, logvar, each (B, L)"""

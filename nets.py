@@ -54,8 +54,9 @@ def log_prob(modality, parameter, x):
         )
         return nats.view(x.shape).sum(features)
     if modality.likelihood == "bernoulli":
-        size = parameter.abs()  # x p - log(1 + exp(p)), in the form that a CPU does fastest
-        return ((x - 0.5) * parameter - 0.5 * size + torch.sigmoid(size).log()).sum(features)
+        x = x.expand_as(parameter)
+        cross_entropy = F.binary_cross_entropy_with_logits(parameter, x, reduction="none")
+        return -cross_entropy.sum(features)
     error = (x - parameter) / modality.scale
     if modality.likelihood == "laplace":
         return (-error.abs() - math.log(2 * modality.scale)).sum(features)

@@ -158,10 +158,20 @@ def test_mvae_elbo_of_the_exact_posterior_is_the_evidence():
     orthogonal(model)
     for encode, decode in zip(model.encoders, model.decoders):
         exact(encode, decode, 0)  # the product has the prior, once
+        encode.logvar.data = -(torch.exp(-encode.logvar.data) - mvae.MIN_PRECISION).log()
     for seen in [(0,), (1,), (0, 1)]:
         part = [x if m in seen else None for m, x in enumerate(xs)]
         bound, error = mean_and_error(model.elbo(seen, part, model.encode(part)))
         assert bound == pytest.approx(evidence(model, part)[0].item(), abs=error + 1e-4)
+
+
+def test_mvae_still_trains_an_expert_that_is_flat():
+    model, xs = linear_model("mvae"), pair(100)
+    for encode in model.encoders:
+        encode.logvar.data.fill_(100.0)
+    assert model.encode(xs)[0][1].exp().max().item() == pytest.approx(1 / mvae.MIN_PRECISION)
+    model.objective(*xs).backward()
+    assert model.encoders[0].mu.weight.grad.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("k", [0, 1])
