@@ -188,7 +188,8 @@ class MEME(nn.Module):
         if self.start is not None and not all(mask[self.start] for mask in masks):
             name = self.modalities[self.start].name
             raise ValueError(
-                f"--direction {name} needs {name} in every example: add --unpaired {name}"
+                f"--direction {name} needs {name} in every example: add --unpaired {name}, or show it "
+                "in every row of train_mask"
             )
 
     def posterior(self, *xs):
@@ -332,7 +333,7 @@ def main(argv=None):
     flag("--samples", type=at_least(1), default=10, help="K, eq. (8)")  # this script only
     flag("--kl", default="closed", choices=["closed", "sample"], help="form")  # this script only
     flag("--classifier-scale", type=float, default=10.0, help="c")  # this script only
-    flag("--full-gradient", action="store_true", help="of w, too")  # this script only
+    flag("--full-gradient", action="store_true", help="all of eq. (7)")  # this script only
     flag("--direction", metavar="NAME", help="only L(NAME -> t)")  # this script only
     flag("--pseudo-samples", type=at_least(1), default=128, help="N, eq. (4)")  # this script only
     flag("--explicit", default="mixture", choices=["mixture", "product"])  # this script only

@@ -502,6 +502,18 @@ def test_vaevae_without_marginal_bounds_asks_for_streams_of_one_modality():
         linear_model(name, objective="svae").refuse_untrained([(True, True)])
 
 
+def test_vaevae_asks_for_examples_of_every_subset_that_has_a_network():
+    pairs = [(True, True, False), (True, False, True), (False, True, True)]
+    modalities = nets.modalities("npz", shapes={"x0": (3,), "x1": (2,), "x2": (4,)})
+    model = vaevae.VAEVAE(modalities, 2, objective="svae")
+    model.refuse_untrained([(True, True, True)])
+    with pytest.raises(ValueError, match="x0 and x1 and x2"):
+        model.refuse_untrained(pairs)
+    with pytest.raises(ValueError, match="x1 and x2"):
+        model.refuse_untrained(pairs[:2])
+    vaevae.VAEVAE(modalities, 2, objective="svae", variant="a").refuse_untrained(pairs)
+
+
 def test_parameter_counts_grow_as_figure_2_counts_them():
     names = nets.modalities("mnist-split3")
     encoder = sum(w.numel() for w in names[0].encoder(64).trunk.parameters())

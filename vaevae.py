@@ -135,10 +135,11 @@ class VAEVAE(nn.Module):
                     "no stream shows that: use --objective svae or, without a train_mask, --unpaired all"
                 )
         names = [m.name for m in self.modalities]
-        for subset in itertools.combinations(range(len(names)), 2) if self.joints else ():
-            if not any(all(mask[m] for m in subset) for mask in masks):
-                pair = " and ".join(names[m] for m in subset)
-                raise ValueError(f"no example shows {pair} together: use --variant a")
+        for size in range(2, len(names) + 1) if self.variant == "b" else ():
+            for subset in itertools.combinations(range(len(names)), size):
+                if not any(all(mask[m] for m in subset) for mask in masks):
+                    shown = " and ".join(names[m] for m in subset)
+                    raise ValueError(f"no example shows {shown} together: use --variant a")
 
     def posterior(self, *xs):
         """q(z|observed). Batch (B,), event (L,)."""
