@@ -16,6 +16,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -292,6 +293,8 @@ def load_mnist_svhn(root, repeats=1):
             for side, m in zip(rows, members):
                 side += [m[:n][torch.randperm(n, generator=generator)] for _ in range(repeats)]
         rows = [torch.cat(side) for side in rows]
+        if not len(rows[0]):
+            raise ValueError(f"MNIST and SVHN in {root} have no {part} digit in common")
         mixed = torch.randperm(len(rows[0]), generator=generator)
         rows = [side[mixed] for side in rows]
         splits.append(Split([images, x], rows, digits[rows[0]]))
@@ -308,7 +311,16 @@ def mnist(root, train):
     folder, stem = root / "MNIST" / "raw", "train" if train else "t10k"
     files = [folder / f"{stem}-images-idx3-ubyte", folder / f"{stem}-labels-idx1-ubyte"]
     if not all(f.exists() for f in files):
-        downloaded(lambda: MNIST(root, download=True), folder, "MNIST's four idx files")
+
+        def fetch():  # beside its place and renamed: torchvision unpacks in place
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".MNIST.", dir=root) as part:
+                shutil.copytree(folder, raw := Path(part, "MNIST", "raw"))
+                MNIST(part, download=True)
+                for file in raw.iterdir():
+                    os.replace(file, folder / file.name)
+
+        downloaded(fetch, folder, "MNIST's four idx files")
     found = []
     for file, read in zip(files, (read_image_file, read_label_file)):
         try:
@@ -318,7 +330,7 @@ def mnist(root, train):
                 f"{file} is damaged or no IDX file: delete it, and it is downloaded anew"
             ) from error
     images, labels = found
-    if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
+    if images.shape[1:] != (28, 28) or not 0 < len(images) == len(labels) or labels.max() > 9:
         raise ValueError(f"{files[0]} and {files[1].name} are not 28 x 28 images with their digits")
     return images[:, None], labels
 
@@ -343,9 +355,11 @@ def svhn(root):
     found = {}
     for part in ("train", "test"):
         x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
-        if x.dtype != np.uint8 or x.shape[1:] != (3, 32, 32) or y.shape != (len(x),):
+        good = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (3, 32, 32) and len(x)
+        good = good and y.shape == (len(x),) and y.dtype.kind in "iu"
+        if not good or y.min() < 0 or y.max() > 10:  # SVHN's own files call the digit 0 10
             raise ValueError(
-                f"{path}: {part}_x is to be uint8 (N, 3, 32, 32) with N labels in {part}_y"
+                f"{path}: {part}_x is to be uint8 (N, 3, 32, 32) with N digits in {part}_y"
             )
         found[f"{part}_x"] = torch.from_numpy(x)
         found[f"{part}_y"] = torch.from_numpy(y.astype(np.int64)) % 10
@@ -371,9 +385,12 @@ def downloaded(fetch, folder, what):
 # ----------------------------------------------------------------------------------- arrays on disk
 
 
+MOST_BYTES, MOST_PACKED = 2**28, 500  # deflate packs zeros by 1,030: a bomb, and no data
+
+
 def read_npz(path, required=()):
-    """The arrays of an .npz, without unpickling anything. ValueError when it is damaged or lacks a
-    required key."""
+    """The arrays of an .npz, without unpickling anything. ValueError when it is damaged, lacks a
+    required key, or is large and more than 500 times as large unpacked."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in required if key not in archive]
@@ -381,7 +398,14 @@ def read_npz(path, required=()):
                 raise ValueError(
                     f"{path} has no array {missing[0]!r}, only {', '.join(archive.files) or 'none'}"
                 )
-            return {key: archive[key] for key in archive.files}
+            packed, whole = os.path.getsize(path), sum(m.file_size for m in archive.zip.infolist())
+            if whole > max(MOST_BYTES, MOST_PACKED * packed):
+                raise ValueError(f"its {packed:,} bytes unpack to {whole:,}")
+            arrays = {key: archive[key] for key in archive.files}
+            odd = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
+            if odd:  # numpy hands out the bytes of what is no array
+                raise ValueError(f"{odd[0]} is none")
+            return arrays
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except ValueError as error:
@@ -474,9 +498,15 @@ def load_npz(path):
         raise ValueError(
             f"{path}: unknown array {min(set(arrays) - known)!r}; it takes {', '.join(sorted(known))}"
         )
+    for key in sorted(arrays):  # test_0 and train_0 before those that are compared with them
+        array = arrays[key]
+        if array.dtype.kind not in "buif" or not array.ndim:
+            raise ValueError(f"{path}: {key} is to be numbers, one row per example")
+        if len(array) != len(arrays[f"{key.split('_')[0]}_0"]):
+            raise ValueError(f"{path}: {key} {array.shape} does not fit the other arrays")
     mask = None
     if "train_mask" in arrays:
-        mask = torch.from_numpy(arrays["train_mask"]).bool()
+        mask = torch.from_numpy(arrays["train_mask"].astype(bool))
         if mask.shape != (len(arrays["train_0"]), m):
             raise ValueError(
                 f"{path}: train_mask is {tuple(mask.shape)}, not (examples, modalities)"
@@ -491,17 +521,11 @@ def load_npz(path):
             shown = mask[:, k].numpy() if part == "train" and mask is not None else slice(None)
             base, kind = own_array(path, key, arrays[key], shown, kinds.get(name))
             kinds.setdefault(name, (kind, base.shape[1:]))
-            if (
-                base.shape[1:] != kinds[name][1]
-                or len(base) != len(arrays[f"{part}_0"])
-                or not len(base)
-            ):
+            if (kind, base.shape[1:]) != kinds[name] or not len(base):
                 raise ValueError(f"{path}: {key} {tuple(base.shape)} does not fit the other arrays")
             bases.append(base)
         labels = arrays.get(f"{part}_labels")
-        if labels is not None and (
-            labels.shape != (len(bases[0]),) or labels.dtype.kind not in "iu"
-        ):
+        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise ValueError(f"{path}: {part}_labels is to hold one integer per example")
         splits.append(
             Split(
@@ -516,10 +540,13 @@ def load_npz(path):
 def own_array(path, key, array, shown, decided):
     """A user's array as a base, and its likelihood: bits and bytes Bernoulli, floats Laplace. ->
     tensor, likelihood"""
-    if array.dtype.kind not in "buif" or array.ndim < 2:
+    if array.ndim < 2 or 0 in array.shape[1:]:
         raise ValueError(
             f"{path}: {key} is to be numbers, (examples, features) or (examples, C, H, W)"
         )
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+            array = array.astype(np.float32, copy=False)
     if not np.isfinite(array[shown]).all():
         raise ValueError(f"{path}: {key} has values that are not finite")
     array = np.nan_to_num(array, posinf=0, neginf=0)  # what a mask hides may be anything
@@ -796,15 +823,19 @@ def md5(path):
     return digest.hexdigest()
 
 
+MOST_UNPACKED = 2**33  # the photos are 1.2 GB
+
+
 def unpack(archive, folder, holds, ending):
     """The plain files of a tar archive with this ending -> folder, which then has the folder
     `holds` in it.
 
     Links are neither made nor followed, a name that leaves the folder is an error, and the folder
-    appears when all of it is there.
+    appears when all of it is there, by another process that did the same or by this one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    left = MOST_UNPACKED
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -812,6 +843,9 @@ def unpack(archive, folder, holds, ending):
                 if path.anchor or ".." in path.parts:
                     raise ValueError(f"{archive} has a member outside its folder: {member.name}")
                 if member.isfile() and path.name.endswith(ending) and path.name[0] != ".":
+                    left -= member.size
+                    if left < 0:
+                        raise ValueError(f"{archive} unpacks to more than {MOST_UNPACKED:,} bytes")
                     (partial / path).parent.mkdir(parents=True, exist_ok=True)
                     with tar.extractfile(member) as source, open(partial / path, "wb") as target:
                         shutil.copyfileobj(source, target)
@@ -820,8 +854,12 @@ def unpack(archive, folder, holds, ending):
         if not (found / holds).is_dir():
             raise ValueError(f"{archive} has no {holds}/ with {ending} files: is it the right one?")
         os.chmod(found, 0o755)
-        os.replace(found, folder)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        try:
+            os.replace(found, folder)
+        except OSError:
+            if not (folder / holds).is_dir():  # it is, where another process was faster
+                raise
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}): is it whole?") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -917,13 +955,15 @@ def extract(cub, made, files, train, net, weights, normalise, device=None, batch
 
 
 def read_photo(path, transform):
-    """(3, 224, 224), or None for a file that is no image or a damaged one."""
+    """(3, 224, 224), or None for a file that is no image, a damaged one or one without measure."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if max(image.size) > min(8192, 20 * min(image.size)):  # a strip would fill the memory
+                return None
             return transform(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow's readers raise whatever a damaged file leads to
         return None
 
 
@@ -944,7 +984,12 @@ def read_features(path):
     2048)."""
     cache = read_npz(path, ("weights", "normalise", "files", "train", "readable", "x"))
     x, readable = cache["x"], cache["readable"]
-    if readable.dtype != bool or x.shape != (readable.sum(), 2048) or not np.isfinite(x).all():
+    files, train = cache["files"], cache["train"]
+    good = files.dtype.kind == "U" and files.ndim == readable.ndim == 1 and readable.dtype == bool
+    good = good and train.ndim == 0 and train.dtype.kind in "iu" and 0 < train < len(files)
+    good = good and cache["weights"].ndim == cache["normalise"].ndim == 0
+    good = good and x.dtype == np.float32 and x.shape == (readable.sum(), 2048)
+    if not (good and len(readable) <= len(files) and np.isfinite(x).all()):
         raise ValueError(f"{path} does not hold features of CUB's photos: delete it")
     return cache
 
@@ -1097,10 +1142,10 @@ def bin_peaks(peaks):
     (0, 1], float32.
 
     Bins of 0.1 from m/z 0 to 1100; the intensities in a bin are added, then divided by the largest
-    bin, then the square root is taken. Peaks beyond the range and those without a positive, finite
-    intensity are left out.
+    bin, then the square root is taken. Peaks beyond the range and those without a positive
+    intensity below 1e300, whose sums are finite, are left out.
     """
-    mz, intensity = peaks[in_range(peaks) & (peaks[:, 1] > 0) & np.isfinite(peaks[:, 1])].T
+    mz, intensity = peaks[in_range(peaks) & (peaks[:, 1] > 0) & (peaks[:, 1] < 1e300)].T
     bins, where = np.unique((mz * BINS_PER_MZ).astype(np.int16), return_inverse=True)
     total = np.bincount(where, intensity, minlength=len(bins))
     return bins, np.sqrt(total / total.max(initial=0)).astype(np.float32)
@@ -1182,7 +1227,7 @@ def refusal(fields, peaks, instrument):
 def bad_peaks(peaks, announced=""):
     if peaks is None:
         return "with peaks that are no numbers"
-    if announced.isdigit() and len(peaks) < int(announced):
+    if re.fullmatch("[0-9]{1,9}", announced) and len(peaks) < int(announced):
         return "with fewer peaks than announced"
     if not len(peaks):
         return "without peaks"
@@ -1385,9 +1430,41 @@ def read_spectra(root):
         for k in ("offsets", "columns", "values", "rows", "bits")
     ]
     arrays = read_npz(path, ("version", *parts))
-    if int(arrays["version"]) != SPECTRA_VERSION:
+    if not np.array_equal(arrays["version"], SPECTRA_VERSION):
         raise ValueError(f"{path} is of another version: make it anew with python data.py spectra")
+    try:
+        sound = all(whole_spectra(arrays, p) for p in ("train", "test", "challenge"))
+    except (KeyError, TypeError, ValueError, IndexError):  # an array is absent or of another shape
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is damaged: make it anew with python data.py spectra")
     return arrays
+
+
+def whole_spectra(arrays, part):
+    """Whether the arrays of a part fit each other, and no index leaves what it points into."""
+    if part == "challenge" and "challenge_ids" not in arrays:
+        return True
+
+    def within(index, end):
+        return index.ndim == 1 and index.dtype.kind == "i" and ((index >= 0) & (index < end)).all()
+
+    def cut(offsets, n):  # n rows, one after the other
+        rising = within(offsets, n + 1) and (np.diff(offsets) >= 0).all()
+        return rising and len(offsets) > 1 and (offsets[0], offsets[-1]) == (0, n)
+
+    offsets, columns, values = (arrays[f"{part}_{k}"] for k in ("offsets", "columns", "values"))
+    n, good = len(offsets) - 1, cut(offsets, len(columns)) and within(columns, BINS)
+    good = good and values.shape == columns.shape and ((values >= 0) & (values <= 1)).all()
+    if part != "challenge":
+        bits, rows = arrays[f"{part}_bits"], arrays[f"{part}_rows"]
+        good = good and len(rows) == n and within(rows, len(bits))
+    else:
+        bits, truth = arrays["candidate_bits"], arrays["challenge_truth"]
+        good = good and cut(lists := arrays["candidate_offsets"], len(bits)) and len(lists) == n + 1
+        good = good and within(truth, len(bits)) and (truth < np.diff(lists)).all()
+        good = good and arrays["challenge_ids"].shape == (n,) == truth.shape
+    return good and bits.dtype == np.uint8 and bits.shape[1:] == (-(-BITS // 8),)
 
 
 def sparse_from(arrays, part):
@@ -1449,7 +1526,7 @@ def preview(dataset, path, n=10):
 
     rows = []
     for x in dataset.train[torch.arange(min(n, len(dataset.train)))]:
-        if x.ndim == 4:
+        if x.ndim == 4 and x.shape[1] in (1, 3):
             x = x.expand(-1, 3, -1, -1)
             rows.append(F.pad(x, (0, 32 - x.shape[3], 0, 32 - x.shape[2]), value=0.5))
     if rows:
@@ -1483,8 +1560,10 @@ def main(argv=None):
             challenges = args.mgf, args.candidates, args.truth
             prepare_spectra(args.data, args.msp, args.instrument, *challenges)
         dataset = load(args.dataset, args.data)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"\n{p.prog}: stopped; what is finished is kept, start again to go on\n")
     for name, base in zip(dataset.names, dataset.train.bases):
         shape = " x ".join(map(str, base.shape[1:]))
         print(f"{name}: {shape} {str(base.dtype)[6:]}, {len(base):,} to train with")

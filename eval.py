@@ -24,6 +24,7 @@ import os
 import sys
 import textwrap
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -315,13 +316,15 @@ def load_oracle(dataset, name, root, steps=1000):
         for tensor in (*split.bases, *split.rows, split.labels):
             digest.update(tensor.cpu().contiguous().numpy())
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load sums nothing up
+            raise ValueError
         saved = torch.load(path, map_location=device, weights_only=True)
+        if saved["digest"] == digest.hexdigest():
+            oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
+            oracle.load_state_dict(saved["oracle"])
+            return oracle.to(device).eval(), float(saved["accuracy"])
     except Exception:  # there is none yet, or it is damaged
-        saved = {}
-    if saved.get("digest") == digest.hexdigest():
-        oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
-        oracle.load_state_dict(saved["oracle"])
-        return oracle.to(device).eval(), saved["accuracy"]
+        pass
     print(f"training the oracle of {dataset.name}, {name} ...", file=sys.stderr)
     oracle = train_oracle(dataset.train, view, steps)
     accuracy = shared(digits(oracle, view, dataset.test), dataset.test.labels)
@@ -862,6 +865,7 @@ def by_id(challenges, values):
 # ---------------------------------------------------------------------------------- runs and tables
 
 
+SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
 REQUIRED = (
     "version script model dataset data spec latent_dim options paired unpaired epochs seed".split()
 )
@@ -889,6 +893,10 @@ def load_run(folder, device="cpu"):
     if version != 1:
         raise ValueError(f"{folder} was written by another version ({version}, not 1)")
     try:
+        if args["script"] not in SCRIPTS:  # nothing else is imported
+            raise ValueError(f"there is no script {args['script']!r}")
+        if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # torch.load sums nothing up
+            raise ValueError("checkpoint.pt is damaged")
         saved = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
         cls = getattr(importlib.import_module(args["script"]), args["model"])
         model = cls(nets.modalities(**args["spec"]), args["latent_dim"], **args["options"])

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -87,6 +88,8 @@ class MEME(nn.Module):
         names = [m.name for m in modalities]
         if direction not in (None, *names):
             raise ValueError(f"--direction is one of {', '.join(names)}, not {direction!r}")
+        if not math.isfinite(classifier_scale):
+            raise ValueError(f"--classifier-scale is a finite number, not {classifier_scale}")
         self.modalities, self.latent_dim, self.samples = modalities, latent_dim, samples
         self.kl, self.explicit = kl, explicit
         self.classifier_scale, self.full_gradient = classifier_scale, full_gradient
@@ -287,7 +290,8 @@ def nats(model, xs):
     """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
     model.eval()
     few = [None if x is None else x[:16] for x in xs]
-    if not model([(1.0, few)]).isfinite():
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    if not finite or not model([(1.0, few)]).isfinite():
         raise FloatingPointError("the objective is not finite after its last step")
     z, found = model.posterior(*xs).sample(), []
     for m, decode, x in zip(model.modalities, model.decoders, xs):
@@ -356,15 +360,21 @@ def main(argv=None):
                 **{k: saved[k] for k in vars(args).keys() & saved.keys() - {"device", "out"}}
             )
             if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
+                if zipfile.ZipFile(run / "checkpoint.pt").testzip():  # torch.load sums nothing up
+                    raise ValueError("checkpoint.pt is damaged")
                 state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # missing, cut short, or never a run
-            p.error(f"{run} holds no run to resume ({type(error).__name__}: {error})")
+                if set(state) != {"model", "optimizer", "epoch", "log"}:
+                    raise ValueError("checkpoint.pt is not from a run")
+        except Exception as error:  # missing, cut short, never a run, or with code in it
+            reason = str(error).split("\n")[0].split(". ")[0]
+            p.error(f"{run} holds no run to resume ({type(error).__name__}: {reason})")
         args = p.parse_args(argv)
-    elif rank == 0 and (run / "checkpoint.pt").exists():
+    elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
         p.error(f"{run} holds a run: continue it with --resume, or name another folder with --out")
 
     # Data and model. What a user got wrong is said in one sentence, before anything is written.
     options = {key: value for key, value in vars(args).items() if key not in common}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
@@ -382,8 +392,14 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         model = MEME(nets.modalities(**spec), args.latent_dim, **options)  # this script only
         model.refuse_untrained([shown for shown, _ in streams])  # this script only
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         p.error(str(error))
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # a CPU without memory raises no class of its own
+            raise
+        p.error("there is not enough memory for a model of these sizes")
+    except KeyboardInterrupt:
+        p.exit(130, f"\n{run}: stopped before its first step\n")
     record = {
         "version": 1,
         "script": Path(__file__).stem,
@@ -398,7 +414,7 @@ def main(argv=None):
     }
     record = json.loads(json.dumps(record))
     for key in record:
-        if saved and key not in FREE and saved.get(key) != record[key]:
+        if args.resume and key not in FREE and saved.get(key) != record[key]:
             p.error(
                 f"{run} has {key} {saved.get(key)}, not {record[key]}, which --resume cannot change"
             )
@@ -416,7 +432,8 @@ def main(argv=None):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # of other sizes or another model
-            p.error(f"{run / 'checkpoint.pt'} does not fit this model: {error}")
+            reason = " ".join(str(error).split("\n\t")[:2])[:300]  # the first of what differs
+            p.error(f"{run / 'checkpoint.pt'} does not fit this model: {reason}")
         optimizer.param_groups[0]["lr"] = args.lr
     start, log = state.get("epoch", 0), state.get("log", [])
     if world > 1:  # a stream of one modality leaves the other decoders unused
@@ -428,7 +445,6 @@ def main(argv=None):
     fullest, index = streams[0]
     sample = data.show(train, fullest, index[:256].to(args.device))  # for the nats of each epoch
     epoch, began = start, time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if rank == 0:
             run.mkdir(parents=True, exist_ok=True)
@@ -490,6 +506,10 @@ def main(argv=None):
         p.exit(
             2, f"\n{run}: epoch {epoch}: {error}; epoch {epoch - 1} is kept: --resume --lr less\n"
         )
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        p.exit(2, f"\n{run}: not enough memory for a step in epoch {epoch}: smaller --batch-size\n")
     except OSError as error:
         p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
     except KeyboardInterrupt:
