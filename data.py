@@ -860,7 +860,8 @@ def unpack(archive, folder, holds, ending):
             if not (folder / holds).is_dir():  # it is, where another process was faster
                 raise
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"{archive} cannot be unpacked ({error}): is it whole?") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{archive} cannot be unpacked ({reason}): is it whole?") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -6,21 +6,31 @@ themselves, killed and resumed.
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import gzip
 import io
 import itertools
 import json
 import math
 import os
+import pickle
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 import types
 import urllib.error
+import warnings
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +61,15 @@ CLASSES = {
 NOISE = 0.7  # the standard deviation of every x given z in the linear-Gaussian models
 L = 2
 torch.set_num_threads(1)  # tiny models: threads would wait for each other
+with warnings.catch_warnings():  # no configuration file declares the mark
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def fast_unless_asked(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("slow: pytest test_models.py -m slow")
 
 
 @pytest.fixture(autouse=True)
@@ -2709,6 +2728,997 @@ def test_a_script_trains_with_everything_optional_missing(arrays, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# -------------------------------------------------------------------- nothing lost, nothing let in
+
+KILLER = """
+import json, os, random, shutil, signal, sys, time, traceback
+sys.path.insert(0, {here!r})
+import torch
+import torch._dynamo  # Adam imports it: once, before the forks
+import {script} as script
+
+torch.set_num_threads(1)
+world, rng = {world}, random.Random({seed})
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def inside(how, call):
+    '''Dies in the call-th write of a file: in the middle of it, or around its renaming.'''
+    write, replace, count = script.write, os.replace, [0]
+
+    def torn(path, content):
+        count[0] += 1
+        if count[0] == call and how == "middle":
+            with open(path.with_name(path.name + ".part"), "wb") as file:
+                file.write(content[: len(content) // 2])
+            die()
+        write(path, content)
+
+    def renamed(a, b):
+        if count[0] == call and how == "before":
+            die()
+        replace(a, b)
+        if count[0] == call and how == "after":
+            die()
+
+    script.write, os.replace = torn, renamed
+
+
+def start(run, port, *more, prepare=lambda: None):
+    ranks = []
+    for rank in range(world):
+        ranks.append(os.fork())
+        if ranks[-1]:
+            continue
+        if world > 1:
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(run + ".err", "a")
+        code = 1
+        try:
+            if rank == 0:
+                prepare()
+            script.main([*{flags!r}, "--out", run, *more])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    return ranks
+
+
+def ends(ranks):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+
+
+def content(run):
+    saved = torch.load(os.path.join(run, "checkpoint.pt"), weights_only=True)
+    tensors = list(saved["model"].values())
+    for state in saved["optimizer"]["state"].values():
+        tensors += state.values()
+    log = [[v for k, v in row.items() if "second" not in k] for row in saved["log"]]
+    return tensors, [saved["epoch"], log]
+
+
+def same(a, b):
+    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(map(torch.equal, a[0], b[0]))
+
+
+ports = iter({ports!r})
+began = time.time()
+assert ends(start({out!r} + "/whole", next(ports))) == [0] * world
+whole, seconds = content({out!r} + "/whole"), time.time() - began
+held, killed, codes = 0, 0, []
+for k in range({kills}):
+    run = {out!r} + f"/{{k}}"
+    if {how!r} == "inside":
+        point = ["middle", "before", "after"][k % 3], 1 + k // 3 % 9
+        ranks = start(run, next(ports), prepare=lambda: inside(*point))
+        while os.waitpid(ranks[0], os.WNOHANG) == (0, 0):
+            time.sleep(0.005)
+        ranks = ranks[1:]
+        killed += 1
+    else:
+        ranks = start(run, next(ports))
+        time.sleep(rng.uniform(0, seconds))
+    found = []
+    for pid in ranks:
+        try:
+            os.kill(pid, signal.SIGTERM if {how!r} == "term" else signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        found.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    killed += any(found)
+    codes.append(found)
+    resume = ["--resume"] if os.path.exists(run + "/args.json") else []
+    good = ends(start(run, next(ports), *resume)) == [0] * world and same(content(run), whole)
+    good = good and sorted(os.listdir(run)) == ["args.json", "checkpoint.pt", "log.csv"]
+    held += good
+    if not good:
+        print(run, found, open(run + ".err").read()[-2000:], file=sys.stderr)
+print(json.dumps([held, killed, codes, "".join(open({out!r} + f"/{{k}}.err").read() for k in range({kills}))]))
+"""
+
+
+def killed_and_resumed(script, arrays, tmp_path, how, kills, world=1):
+    """How many of `kills` runs, killed and resumed, end with the bits of one that was not. -> held,
+    killed before their end, exit codes, all that was said"""
+    flags = ["--dataset", str(arrays), "--paired", "0.5", "--batch-size", "8", "--epochs", "4"]
+    flags += ["--device", "cpu"]
+    ports = []
+    for _ in range(2 * kills + 1 if world > 1 else 0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    code = KILLER.format(
+        here=str(HERE), script=script, world=world, flags=flags, out=str(tmp_path), how=how,
+        kills=kills, seed=kills + world, ports=ports or [0] * (2 * kills + 1),
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held, killed, codes, said = json.loads(done.stdout.splitlines()[-1])
+    assert held == kills, done.stderr
+    print(
+        f"{script}, {world} rank(s), {how}: {held} of {kills} held, {killed} killed before the end"
+    )
+    return killed, codes, said
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(arrays, tmp_path):
+    killed_and_resumed("mvae", arrays, tmp_path, "inside", 3)
+
+
+@slow
+@pytest.mark.parametrize("how", ["moment", "inside"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_thirty_runs_killed_and_resumed_end_with_the_same_bits(script, how, arrays, tmp_path):
+    killed, _, _ = killed_and_resumed(script, arrays, tmp_path, how, 30)
+    assert killed >= 15  # the others were faster
+
+
+@slow
+@pytest.mark.parametrize("how", ["moment", "inside"])
+def test_thirty_runs_of_two_ranks_killed_and_resumed_end_with_the_same_bits(how, arrays, tmp_path):
+    killed, _, _ = killed_and_resumed("mvae", arrays, tmp_path, how, 30, world=2)
+    assert killed >= 15
+
+
+@slow
+def test_a_terminated_run_says_so_and_goes_on_to_the_same_bits(arrays, tmp_path):
+    killed, codes, said = killed_and_resumed("mvae", arrays, tmp_path, "term", 30)
+    assert "Traceback" not in said and killed >= 15
+    assert said.count("stopped") == codes.count([130]) >= 15
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(number, arrays, tmp_path, capsys, monkeypatch):
+    flags = ["--dataset", arrays, "--batch-size", 8, "--out", tmp_path / "run"]
+    train("mvae", *flags[:-1], tmp_path / "whole", "--epochs", 3)
+    drawn, count = data.batches, []
+
+    def struck(*args):
+        for batch in drawn(*args):
+            count.append(1)
+            if len(count) == 20:
+                signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", struck)
+    refused("mvae", *flags, "--epochs", 3, code=130)
+    assert "stopped in epoch 2; add --resume" in capsys.readouterr().err
+    train("mvae", *flags, "--epochs", 3, "--resume")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("call", ["open", "os.fsync", "os.replace"])
+def test_a_write_that_fails_keeps_the_last_checkpoint_whole(
+    call, arrays, tmp_path, capsys, monkeypatch
+):
+    flags, run = ["--dataset", arrays, "--batch-size", 48], tmp_path / "run"
+    train("mvae", *flags, "--epochs", 3, "--out", tmp_path / "whole")
+    train("mvae", *flags, "--epochs", 1, "--out", tmp_path / "first")
+    module, name = (os, call[3:]) if call.startswith("os.") else (mvae, call)
+    usual = getattr(module, name, open)
+    for at in range(1, 8):  # args.json; then checkpoint.pt and log.csv, at first and in each epoch
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(tmp_path / "first", run)
+        count = []
+
+        def fails(*args, at=at, count=count):
+            if call != "open" or args[1] == "wb":
+                count.append(1)
+                if len(count) >= at:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return usual(*args)
+
+        monkeypatch.setattr(module, name, fails, raising=False)
+        refused("mvae", *flags, "--epochs", 3, "--out", run, "--resume")
+        monkeypatch.setattr(module, name, usual, raising=False)
+        message = capsys.readouterr().err
+        assert str(run) in message and "No space left" in message and "Traceback" not in message
+        kept = torch.load(run / "checkpoint.pt", weights_only=True)
+        assert kept["epoch"] == 1 + max(0, (at - 3) // 2) == len(kept["log"])
+        assert sorted(p.name for p in run.iterdir()) == ["args.json", "checkpoint.pt", "log.csv"]
+    train("mvae", *flags, "--epochs", 3, "--out", run, "--resume")
+    a, b = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_file_that_may_not_grow_keeps_the_last_checkpoint_whole(arrays, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    run = tmp_path / "run"
+    train("mvae", "--dataset", arrays, "--epochs", 1, "--out", run)
+    before = (run / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the kernel refuses, in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        refused("mvae", "--dataset", arrays, "--epochs", 2, "--out", run, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(run) in capsys.readouterr().err
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert not list(run.glob("*.part"))
+
+
+def test_a_folder_that_may_not_be_written_is_named(arrays, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused("mvae", "--dataset", arrays, "--out", tmp_path / "file" / "run")
+    assert str(tmp_path / "file" / "run") in capsys.readouterr().err
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        run, own = Path(open_to_all, "run"), shutil.copy(arrays, open_to_all)
+        os.chmod(own, 0o644)
+        train("mvae", "--dataset", own, "--epochs", 1, "--out", run)
+        before, user = (run / "checkpoint.pt").read_bytes(), os.geteuid()
+        os.chmod(run, 0o555)
+        try:
+            if user == 0:  # whom mode bits do not bind
+                os.seteuid(65534)
+            refused("mvae", "--dataset", own, "--epochs", 2, "--out", run, "--resume")
+        finally:
+            os.seteuid(user)
+            os.chmod(run, 0o755)
+        message = capsys.readouterr().err
+        assert str(run) in message and "Permission denied" in message
+        assert (run / "checkpoint.pt").read_bytes() == before
+
+
+@slow
+def test_a_full_disk_keeps_the_last_checkpoint_whole(arrays, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        flags = ["--dataset", arrays, "--latent-dim", 2, "--out", disk / "run"]
+        train("mvae", *flags, "--epochs", 1)
+        before = (disk / "run" / "checkpoint.pt").read_bytes()
+        with pytest.raises(OSError), open(disk / "rest", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        refused("mvae", *flags, "--epochs", 2, "--resume")
+        message = capsys.readouterr().err
+        assert str(disk / "run") in message and "No space left" in message
+        assert (disk / "run" / "checkpoint.pt").read_bytes() == before
+        (disk / "rest").unlink()
+        train("mvae", *flags, "--epochs", 2, "--resume")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "script, lr", [("meme", 1e3), ("vaevae", 1e3), ("mmvae", 1e3), ("svae", 1e5), ("mvae", 1e20)]
+)
+def test_a_run_that_diverges_goes_on_from_its_last_finite_epoch(
+    script, lr, arrays, tmp_path, capsys
+):
+    flags = ["--dataset", arrays, "--paired", 0.5, "--batch-size", 16, "--out", tmp_path / "run"]
+    flags += ["--unpaired", "all"]
+    train(script, *flags, "--epochs", 1)
+    good = weights(tmp_path / "run")
+    refused(script, *flags, "--epochs", 8, "--lr", lr, "--resume")
+    said = r"epoch 2: the loss of (0|1|0\+1) is -?(nan|inf) in step \d+; epoch 1 is kept: --resume --lr"
+    assert re.search(said, capsys.readouterr().err)
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 1 and all(torch.equal(good[k], w) for k, w in kept["model"].items())
+    train(script, *flags, "--epochs", 3, "--lr", 1e-4, "--resume")
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    values = [float(row.split(",")[1]) for row in rows]
+    assert len(values) == 3 and all(map(math.isfinite, values))
+
+
+def test_a_loss_that_is_not_finite_is_named_by_epoch_step_and_stream(
+    arrays, tmp_path, capsys, monkeypatch
+):
+    objective, count = mvae.MVAE.objective, []
+
+    def poisoned(self, *xs):
+        count.append(xs[0] is None)
+        return objective(self, *xs) * (math.nan if sum(count) == 14 and xs[0] is None else 1)
+
+    flags = ["--dataset", arrays, "--paired", 0.5, "--batch-size", 8, "--out", tmp_path / "run"]
+    monkeypatch.setattr(mvae.MVAE, "objective", poisoned)
+    refused("mvae", *flags, "--epochs", 2)  # twelve steps an epoch
+    assert "epoch 2: the loss of 1 is nan in step 2; epoch 1 is kept" in capsys.readouterr().err
+
+
+class Code:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_is_loaded_executes_code(runs, arrays, tmp_path, capsys):
+    run, bad = tmp_path / "run", Code(tmp_path / "executed")
+    train("mvae", "--dataset", arrays, "--epochs", 1, "--out", run)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for put in (lambda f: torch.save(state | {"log": bad}, f), lambda f: pickle.dump(bad, f)):
+        with open(run / "checkpoint.pt", "wb") as file:
+            put(file)
+        refused("mvae", "--dataset", arrays, "--out", run, "--resume")
+        assert f"{run} holds no run to resume" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            evaluation.load_run(run)
+    (runs[0] / "args.json").write_text(
+        (runs[0] / "args.json").read_text().replace('"mvae"', '"this"')
+    )
+    with pytest.raises(ValueError, match="no script 'this'"):
+        evaluation.load_run(runs[0])
+    assert "this" not in sys.modules
+    objects = np.array([bad], object)
+    for name, keys in [
+        ("own.npz", ["train_0", "train_1", "test_0", "test_1"]),
+        ("svhn.npz", ["train_x", "train_y", "test_x", "test_y"]),
+        ("features.npz", ["weights", "normalise", "files", "train", "readable", "x"]),
+        ("spectra.npz", ["version", *(f"{p}_{k}" for p in ("train", "test")
+                                      for k in ("offsets", "columns", "values", "rows", "bits"))]),
+    ]:  # fmt: skip
+        path = tmp_path / "data" / ("spectra" if name == "spectra.npz" else "") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{key: objects for key in keys})
+        load = {"own.npz": data.load_npz, "features.npz": data.read_features}.get(name)
+        with pytest.raises(ValueError, match="plain arrays"):
+            load(path) if load else {"svhn.npz": data.svhn, "spectra.npz": data.load_spectra}[name](
+                tmp_path / "data"
+            )
+    words = tmp_path / "data" / "cub" / "words.npz"
+    words.parent.mkdir()
+    np.savez(words, digest=objects, vectors=objects)
+    captions = torch.tensor([[3, 4, 3, 4, 2] + [1] * 27] * 20)
+    evaluation.cached_word_vectors(tmp_path / "data", captions, [*data.SPECIALS, "a", "b"])
+    assert not (tmp_path / "executed").exists()
+
+
+def npy(shape, dtype="<f4", content=b""):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue() + content
+
+
+def test_bombs_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    path, content = tmp_path / "own.npz", npy((4, 4), content=bytes(64))
+    for shape in [(1 << 40, 4), (1 << 31, 1 << 31, 1 << 31), (1 << 28, 1)]:
+        with zipfile.ZipFile(path, "w") as packed:
+            for name in ("train_0", "train_1", "test_0", "test_1"):
+                packed.writestr(f"{name}.npy", npy(shape) if name == "train_1" else content)
+        with pytest.raises(ValueError, match="own.npz"):
+            data.load(str(path))
+    monkeypatch.setattr(data, "MOST_BYTES", 2**20)
+    arrays = dict(train_0=np.zeros((1024, 1024), np.float32), train_1=np.zeros((1024, 1)))
+    np.savez_compressed(path, **arrays, test_0=np.zeros((2, 1024)), test_1=np.zeros((2, 1)))
+    assert path.stat().st_size < 6000
+    with pytest.raises(ValueError, match="unpack to 4,"):
+        data.load(str(path))
+    monkeypatch.setattr(data, "MOST_UNPACKED", 100_000)
+    info = tarfile.TarInfo("a.txt")
+    info.size = 200_000
+    archive(tmp_path / "bomb.tgz", None, [(info, bytes(info.size))])
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        data.unpack(tmp_path / "bomb.tgz", tmp_path / "cub" / "x", ".", ".txt")
+    assert not list((tmp_path / "cub").iterdir())
+    Image.new("1", (1, 60_000)).save(tmp_path / "strip.png")  # scaled to 224 pixels' width: 9 GB
+    assert data.read_photo(tmp_path / "strip.png", lambda image: 1 / 0) is None
+
+
+def test_a_checkpoint_that_is_not_of_this_run_is_refused_with_the_difference(
+    arrays, tmp_path, capsys
+):
+    flags = ["--dataset", arrays, "--epochs", 1, "--out"]
+    train("mvae", *flags, tmp_path / "run", "--latent-dim", 4)
+    train("mvae", *flags, tmp_path / "size", "--latent-dim", 5)
+    train("mmvae", *flags, tmp_path / "script", "--latent-dim", 4)
+    other = shutil.copy(arrays, tmp_path / "other.npz")
+    for more, words in [
+        (["--dataset", other], ["dataset", "other.npz", "own.npz"]), (["--latent-dim", 5], ["latent_dim 4, not 5"]),
+        (["--anneal", 2], ["anneal 0, not 2"]), (["--limit", 20], ["limit None, not 20"]),
+    ]:  # fmt: skip
+        refused("mvae", *flags, tmp_path / "run", "--resume", *more)
+        assert all(word in capsys.readouterr().err for word in words[:1]), words
+    refused("svae", *flags, tmp_path / "run", "--resume")
+    assert "script mvae, not svae" in capsys.readouterr().err
+    for name, words in [("size", "decoders.0.net.0.weight"), ("script", "Missing key")]:
+        shutil.copy(tmp_path / name / "checkpoint.pt", tmp_path / "run")
+        refused("mvae", *flags, tmp_path / "run", "--resume")
+        message = capsys.readouterr().err
+        assert "does not fit this model" in message and len(message.splitlines()) == 2
+        assert "size mismatch" in message if name == "size" else words in message
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=slow)])
+def test_a_checkpoint_with_a_flipped_bit_is_refused_or_the_same(count, arrays, tmp_path):
+    run, rng = tmp_path / "run", np.random.default_rng(0)
+    train("mvae", "--dataset", arrays, "--epochs", 1, "--out", run)
+    good, before = (run / "checkpoint.pt").read_bytes(), weights(run)
+    refusals = 0
+    for _ in range(count):
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+        (run / "checkpoint.pt").write_bytes(bad)
+        try:
+            train("mvae", "--dataset", arrays, "--epochs", 1, "--out", run, "--resume")
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            refusals += 1
+        else:
+            after = weights(run)
+            assert all(torch.equal(before[key], after[key]) for key in before)
+    assert refusals > 0.8 * count
+
+
+def forked(call):
+    """A process that does it. -> its id; its end: 0, or 2 after a ValueError"""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            call()
+            code = 0
+        except ValueError:
+            code = 2
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def packed_birds(tmp_path, monkeypatch):
+    source, root = originals(tmp_path / "source"), tmp_path / "root"
+    (source / "cvpr2016_cub").mkdir()
+    for path in [source / "text_c10", *source.glob("*classes.txt")]:
+        path.rename(source / "cvpr2016_cub" / path.name)
+    (root / "cub").mkdir(parents=True)
+    archive(root / "cub" / "cvpr2016_cub.tar.gz", source / "cvpr2016_cub")
+    archive(root / "cub" / "CUB_200_2011.tgz", source / "CUB_200_2011")
+    monkeypatch.setattr(data, "CUB_MD5", data.md5(root / "cub" / "CUB_200_2011.tgz"))
+    return root
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(30, marks=slow)])
+def test_processes_that_prepare_the_same_data_at_once_all_end_with_it(
+    count, tmp_path, small_net, monkeypatch
+):
+    root = packed_birds(tmp_path, monkeypatch)
+    extract = data.extract
+    monkeypatch.setattr(data, "extract", lambda *a, **k: extract(*a, **k, every=-1, batch_size=2))
+    for _ in range(count):
+        shutil.copytree(root, tmp_path / "copy")
+        pids = [forked(lambda: data.prepare_cub(tmp_path / "copy", "none")) for _ in range(3)]
+        assert [ended(pid) for pid in pids] == [0, 0, 0]
+        found = sorted(p.name for p in (tmp_path / "copy" / "cub").iterdir())
+        assert [n for n in found if n != "features.partial.npz"] == [
+            "CUB_200_2011", "CUB_200_2011.tgz", "cvpr2016_cub", "cvpr2016_cub.tar.gz", "features.npz",
+        ]  # fmt: skip
+        assert len(data.load("cub", tmp_path / "copy").train) == 40
+        shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(60, marks=slow)])
+def test_a_preparation_killed_at_any_moment_leaves_a_whole_file_or_none(
+    count, tmp_path, small_net, monkeypatch
+):
+    root, rng = packed_birds(tmp_path, monkeypatch), np.random.default_rng(0)
+    extract = data.extract
+    monkeypatch.setattr(data, "extract", lambda *a, **k: extract(*a, **k, every=-1, batch_size=2))
+    shutil.copytree(root, tmp_path / "copy")
+    began = time.perf_counter()
+    assert ended(forked(lambda: data.prepare_cub(tmp_path / "copy", "none"))) == 0
+    seconds = time.perf_counter() - began
+    whole = data.read_features(tmp_path / "copy" / "cub" / "features.npz")
+    for _ in range(count):
+        shutil.rmtree(tmp_path / "copy")
+        shutil.copytree(root, tmp_path / "copy")
+        pid = forked(lambda: data.prepare_cub(tmp_path / "copy", "none"))
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        cub = tmp_path / "copy" / "cub"
+        for path in cub.glob("features*.npz"):
+            data.read_features(path)
+        for folder, names in (("CUB_200_2011", "images/*/*.jpg"), ("cvpr2016_cub", "text_c10/*/*")):
+            assert len(list((cub / folder).glob(names))) in (0, 6)
+        data.prepare_cub(tmp_path / "copy", "none")
+        again = data.read_features(cub / "features.npz")
+        assert all(np.array_equal(whole[key], again[key]) for key in whole)
+
+
+def test_mnist_appears_when_all_of_it_is_there(small_root, tmp_path, monkeypatch):
+    import torchvision
+
+    source = {p.name: p.read_bytes() for p in (small_root / "MNIST" / "raw").iterdir()}
+
+    def slowly(self):
+        for name, content in source.items():
+            (Path(self.raw_folder) / name).write_bytes(content[: len(content) // 2])
+            if len(made) == 2 and name == list(source)[2]:
+                raise KeyboardInterrupt
+            (Path(self.raw_folder) / name).write_bytes(content)
+            made.append(name)
+
+    made, root = [], tmp_path / "new"
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", slowly)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "_check_exists", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "_load_data", lambda self: (None, None))
+    with pytest.raises(KeyboardInterrupt):
+        data.load("mnist-split", root)
+    assert not [p for p in root.rglob("*") if p.is_file()]
+    assert len(data.load("mnist-split", root).train) == 60
+    assert sorted(p.name for p in (root / "MNIST" / "raw").iterdir()) == sorted(source)
+
+
+# Fuzzing: whatever the arguments and the files, a step or a sentence.
+
+WHOLE = [
+    "1",
+    "2",
+    "3",
+    "7",
+    "0",
+    "-1",
+    "2147483647",
+    "2147483648",
+    "1e3",
+    "x",
+    "",
+    "1_0",
+    "nan",
+    "9" * 20,
+]
+REAL = [
+    "1",
+    "0.5",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "-inf",
+    "1e-320",
+    "1e320",
+    "x",
+    "",
+    "1e3",
+    "1e38",
+    "0.1",
+]
+FLAGS = {
+    "--dataset": ["own.npz", "own.npz", "three.npz", "mask.npz", "cut.npz", "dir.npz", "none.npz",
+                  "nope", "", "glyphs", "mnist-split", "mnist-svhn", "cub", "spectra", "a" * 300 + ".npz"],
+    "--data": [".", "none", "file", "", "a" * 300],
+    "--paired": [*REAL, "0.5", "0.5"], "--sampling": ["natural", "balanced", "x"],
+    "--unpaired": ["split", "all", "rest", "none", "0", "1", "2", "nope", "", "a/b", "--"],
+    "--epochs": WHOLE, "--batch-size": WHOLE, "--lr": REAL, "--latent-dim": WHOLE, "--width": REAL,
+    "--likelihoods": ["laplace,laplace", "bernoulli,bernoulli", "normal", "categorical,laplace", "",
+                      ",", "laplace,normal,laplace", "x,y"],
+    "--weights": ["1,1", "0,0", "nan,1", "1", "-1,1", "", "1e38,1e38", "x,1", "1,2,3", "inf,1"],
+    "--seed": WHOLE, "--limit": WHOLE, "--device": ["cpu", "cuda", "x"], "--amp": [None],
+    "--no-amp": [None], "--compile": [None], "--resume": [None], "--nope": [None, "1"], "stray": [None],
+    "--out": ["file", "file/x", "a" * 300, "", "dir.npz", "deep/er/x", "new"],
+}  # fmt: skip
+OWN_FLAGS = {
+    "meme": {"--samples": WHOLE, "--kl": ["closed", "sample", "x"], "--classifier-scale": REAL,
+             "--full-gradient": [None], "--direction": ["0", "1", "2", "x", ""],
+             "--pseudo-samples": WHOLE, "--explicit": ["mixture", "product", "x"]},
+    "svae": {"--objective": ["svae", "vaevae", "x"], "--prior-expert": [None]},
+    "vaevae": {"--objective": ["svae", "vaevae", "x"], "--variant": ["a", "b", "x"]},
+    "mmvae": {"--objective": ["iwae", "elbo", "dreg", "x"], "--samples": WHOLE, "--tight": [None],
+              "--posterior": ["normal", "laplace", "x"]},
+    "mvae": {"--subsets": WHOLE, "--anneal": WHOLE},
+}  # fmt: skip
+
+
+@pytest.fixture
+def odd_folder(tmp_path, monkeypatch):
+    """Data sets good and bad in the current folder; no network; runs that end after a step."""
+    rng = np.random.default_rng(0)
+    for name, m in (("own", 2), ("three", 3), ("mask", 2)):
+        found = {}
+        for part in ("train", "test"):
+            xs = rng.normal(size=(24, 5)), rng.random((24, 4)) > 0.5, rng.normal(size=(24, 3))
+            found |= {f"{part}_{k}": xs[k] for k in range(m)}
+        mask = (
+            {"train_mask": np.array([[1, 1], [1, 0], [0, 1]] * 8, bool)} if name == "mask" else {}
+        )
+        np.savez(tmp_path / f"{name}.npz", **found, **mask)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:200])
+    (tmp_path / "dir.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    drawn, digits, made = data.batches, data.glyphs, {}
+
+    def one(*args):
+        yield next(drawn(*args))
+        raise KeyboardInterrupt
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "batches", one)
+    monkeypatch.setattr(data, "glyphs", lambda n, seed: made.setdefault(seed, digits(40, seed)))
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", offline)
+    monkeypatch.setattr("torchvision.datasets.SVHN.download", offline)
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=slow)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_command_line_trains_a_step_or_ends_in_a_sentence(script, count, odd_folder, capsys):
+    rng, ends, flags = random.Random(count), Counter(), FLAGS | OWN_FLAGS[script]
+    for k in range(count):
+        argv = ["--dataset", rng.choice(["own.npz", "own.npz", "three.npz", "mask.npz"])]
+        for flag in rng.sample(list(flags), rng.choice([0, 1, 1, 2, 2, 3, 5])):
+            value = rng.choice(flags[flag])
+            argv += [flag] if value is None else [flag, value]
+        argv += [] if "--out" in argv else ["--out", f"run{k}"]
+        with limited_memory(), pytest.raises(SystemExit) as stopped:
+            SCRIPTS[script].main(argv)
+        said = [line for line in capsys.readouterr().err.splitlines() if line]
+        said = [line for line in said if not line.startswith("usage:")]
+        assert stopped.value.code in (2, 130) and len(said) == 1, (argv, said)
+        assert (stopped.value.code == 130) == ("stopped in epoch" in said[0]), argv
+        ends[stopped.value.code] += 1
+    assert min(ends[2], ends[130]) > 0.1 * count
+    print(f"{script}: {count} command lines, {ends[130]} trained, {ends[2]} refused")
+
+
+@contextlib.contextmanager
+def limited_memory(gigabytes=16):
+    """What needs more fails, as on a machine that has no more."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def mutated(content, rng):
+    """Bytes with a few changes: bits flipped, cut, doubled, left out, put in."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        k, n = rng.randrange(len(content) + 1), rng.choice([1, 1, 4, 50])
+        how = rng.choice(["flip", "flip", "head", "cut", "copy", "drop", "insert"])
+        if how == "cut":
+            del content[k:]
+        elif how == "copy":
+            content[k:k] = content[k : k + n] * rng.choice([1, 3])
+        elif how == "drop":
+            del content[k : k + n]
+        elif how == "insert":
+            noise = bytes(rng.randrange(256) for _ in range(n))
+            content[k:k] = rng.choice(
+                [noise, b"9" * n, b"\0" * n, b"\n", b'"', b",", b"e308", b"-1", b"nan"]
+            )
+        elif content:
+            k %= min(len(content), 64) if how == "head" else len(content)
+            content[k] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def mutated_arrays(arrays, rng):
+    """Arrays of which one has another type, shape or entry, or is gone."""
+    arrays = dict(arrays)
+    key = rng.choice(sorted(arrays))
+    array = np.asarray(arrays.pop(key))
+    how = rng.choice(
+        ["gone", "type", "entry", "entry", "less", "more", "axis", "scalar", "bytes", "none"]
+    )
+    if how == "type":
+        kind = rng.choice(
+            ["u1", "i8", ">i4", "f2", ">f8", "?", "c8", "U3", "S2", "f8", "u4", "M8[s]", "g"]
+        )
+        with contextlib.suppress(ValueError, TypeError):
+            array = array.astype(kind)
+    elif how == "entry" and array.size and array.dtype.kind in "buif":
+        array = array.copy()
+        value = rng.choice([-1, 0, 1, 2, 127, 200, 1 << 40, math.nan, math.inf, -math.inf, 1e300])
+        with contextlib.suppress(ValueError, OverflowError):
+            array.reshape(-1)[rng.randrange(array.size)] = value
+    elif how in ("less", "more") and array.ndim:
+        array = array[:-1] if how == "less" else np.concatenate([array, array[:1]])
+    elif how == "axis" and array.ndim:
+        array = rng.choice(
+            [array[None], array[..., None], array.reshape(-1), array[..., :0], array.T]
+        )
+    elif how == "scalar":
+        array = np.array(rng.choice([0, 1.5, "x"]))
+    elif how == "none":
+        array = array[:0] if array.ndim else array
+    if how != "gone":
+        arrays[rng.choice([key] * 9 + ["other"])] = array
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    if how == "bytes":  # a member that is no array, its check sum right
+        with zipfile.ZipFile(file, "a") as packed:
+            packed.writestr(f"{key}.npy", mutated(npy((2, 3), content=bytes(24)), rng))
+    return file.getvalue()
+
+
+def mutations(path, count, seed=0):
+    """`count` times another file in the place of a good one, which is put back."""
+    rng, good = random.Random(seed), path.read_bytes()
+    arrays = dict(np.load(path)) if path.suffix == ".npz" else None
+    for k in range(count):
+        path.write_bytes(mutated_arrays(arrays, rng) if arrays and k % 2 else mutated(good, rng))
+        yield k
+    path.write_bytes(good)
+
+
+def held(read, path, count):
+    """Each mutation is read, or refused in a sentence; none takes long, much memory or a file."""
+    folder, ends, before = path.parent, Counter(), sorted(path.parent.iterdir())
+    for k in mutations(path, count):
+        began = time.perf_counter()
+        try:
+            with warnings.catch_warnings(), limited_memory(8):
+                warnings.simplefilter("ignore")  # of Pillow, on sizes
+                read()
+            ends["read"] += 1
+        except ValueError as error:
+            said = str(error)
+            assert said and "\n" not in said and len(said) < 700, said
+            ends["refused"] += 1
+        except Exception:
+            shutil.copy(path, folder.parent / f"failed{path.suffix}")
+            raise
+        assert time.perf_counter() - began < 20
+    assert sorted(folder.iterdir()) == before and sum(ends.values()) == count
+    print(f"{path.name}: {count} mutations, {dict(ends)}")
+    return ends
+
+
+COUNT = pytest.mark.parametrize("count", [40, pytest.param(1000, marks=slow)])
+
+
+def used(dataset):
+    """Reads every example of a data set, as training and evaluation do."""
+    for split in (dataset.train, dataset.test):
+        for x in split[torch.arange(len(split))]:
+            assert len(x) == len(split)
+            assert dataset.mask is not None or not x.is_floating_point() or x.isfinite().all()
+
+
+@COUNT
+@pytest.mark.parametrize("stem", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_idx_files_are_read_or_refused(stem, count, small_root):
+    path = small_root / "MNIST" / "raw" / stem
+    ends = held(lambda: used(data.load("mnist-split", small_root)), path, count)
+    assert ends["refused"] > 0.1 * count and ends["read"] > 0.02 * count
+
+
+@COUNT
+def test_svhn_files_are_read_or_refused(count, small_root):
+    ends = held(lambda: used(data.load("mnist-svhn", small_root)), small_root / "svhn.npz", count)
+    assert ends["refused"] > 0.5 * count
+
+
+@COUNT
+@pytest.mark.parametrize("kind", ["floats", "images", "mask"])
+def test_own_arrays_are_read_or_refused(kind, count, tmp_path):
+    rng, found = np.random.default_rng(0), {}
+    for part in ("train", "test"):
+        found |= {f"{part}_0": rng.normal(size=(6, 3)), f"{part}_1": rng.random((6, 4)) > 0.5}
+        if kind == "images":
+            found[f"{part}_0"] = rng.integers(0, 256, (6, 1, 8, 8), np.uint8)
+            found |= {f"{part}_1": rng.random((6, 3, 8, 9)), f"{part}_labels": np.arange(6)}
+    if kind == "mask":
+        found["train_mask"] = np.array([[1, 1], [1, 0], [0, 1]] * 2, bool)
+    np.savez(tmp_path / "own.npz", **found)
+
+    def read():
+        dataset = data.load(str(tmp_path / "own.npz"))
+        used(dataset)
+        mvae.MVAE(nets.modalities(**dataset.spec), 2)(
+            [(1.0, data.show(dataset.train, shown, index[:2]))
+             for shown, index in data.pairing(len(dataset.train), dataset.names, mask=dataset.mask)]
+        )  # fmt: skip
+
+    ends = held(read, tmp_path / "own.npz", count)
+    assert ends["refused"] > 0.3 * count and ends["read"] > 0.05 * count
+
+
+@COUNT
+def test_features_and_captions_are_read_or_refused(count, tmp_path, small_net):
+    cub = shi(tmp_path)
+    data.prepare_cub(tmp_path, "none")
+    ends = held(lambda: used(data.load("cub", tmp_path)), cub / "features.npz", count)
+    assert ends["refused"] > 0.5 * count
+    ends = held(lambda: used(data.load("cub", tmp_path)), cub / "text_testclasses.txt", count)
+    assert ends["read"] > 0.3 * count and ends["refused"] > 0.05 * count
+
+
+@COUNT
+def test_photos_are_read_or_skipped(count, tmp_path):
+    cub = shi(tmp_path)
+    with Image.open(cub / "test" / "003.Auklet" / "0.jpg") as image:
+        image.save(cub / "test" / "003.Auklet" / "2.png")
+    from torchvision import transforms
+
+    steps = transforms.Compose(
+        [transforms.Resize(224), transforms.CenterCrop(224), transforms.ToTensor()]
+    )
+    for name in ("0.jpg", "2.png"):
+        path, found = cub / "test" / "003.Auklet" / name, Counter()
+
+        def read():
+            x = data.read_photo(path, steps)
+            found["skipped" if x is None else "read"] += 1
+            assert x is None or x.shape == (3, 224, 224)
+
+        assert held(read, path, count)["refused"] == 0
+        assert found["skipped"] > 0.1 * count
+
+
+@COUNT
+def test_archives_are_unpacked_or_refused(count, tmp_path):
+    source = originals(tmp_path / "source")
+    for name, mode in (("a.tar", "w"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / name
+        with tarfile.open(path, mode) as tar:
+            tar.add(source / "text_c10", "text_c10")
+
+        def read():
+            try:
+                data.unpack(path, tmp_path / name / "out" / "x", "text_c10", ".txt")
+            finally:
+                assert [p.name for p in (tmp_path / name / "out").iterdir()] in ([], ["x"])
+                shutil.rmtree(tmp_path / name / "out")
+
+        assert held(read, path, count)["refused"] > 0.1 * count
+
+
+@pytest.fixture
+def no_rdkit(monkeypatch):
+    """Fingerprints of letters, so that the readers can be tried without it."""
+
+    def fingerprint(smiles):
+        return None if not smiles.isascii() else np.arange(data.BITS) % 7 < len(smiles) % 7
+
+    monkeypatch.setattr(data, "molecule", lambda smiles: smiles)
+    monkeypatch.setattr(data, "fingerprint", fingerprint)
+    monkeypatch.setattr(data, "inchikey_of", lambda smiles: (smiles.upper() + "A" * 14)[:14])
+
+
+@COUNT
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.msp", "c.mgf", "candidates.csv", "truth.csv"])
+def test_spectra_and_tables_are_read_or_refused(name, packed, count, tmp_path, no_rdkit, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    files = {"msp": folder / "a.msp"} | challenge_files(folder)
+    peaks = ["57.07 100\n71.08 25", "57.07 10; 71.1 2;", '80.1 5 "note"\n99 1']
+    files["msp"].write_text("".join(record(s, peaks[k % 3]) for k, s in enumerate(MOLECULES)) * 2)
+    path = folder / name
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    def read():
+        shutil.rmtree(tmp_path / "spectra", ignore_errors=True)
+        counts = data.prepare_spectra(tmp_path, **files)
+        assert (
+            counts["train"] + counts["test"] + sum(counts["skipped"].values()) == counts["records"]
+        )
+        used(data.load("spectra", tmp_path))
+
+    ends = held(read, path, count)
+    assert ends["refused" if packed else "read"] > 0.1 * count
+
+
+@COUNT
+def test_prepared_spectra_are_read_or_refused(count, tmp_path, no_rdkit, capsys):
+    (tmp_path / "a.msp").write_text("".join(map(record, MOLECULES)))
+    data.prepare_spectra(tmp_path, tmp_path / "a.msp", **challenge_files(tmp_path))
+
+    def read():
+        used(data.load("spectra", tmp_path))
+        found = data.load_challenges(tmp_path)
+        if found is not None:
+            assert found.spectra[torch.arange(len(found.ids))].isfinite().all()
+            assert [found.bits[found.offsets[k] + t].shape for k, t in enumerate(found.truth)]
+
+    ends = held(read, tmp_path / "spectra" / "spectra.npz", count)
+    assert ends["refused"] > 0.3 * count
+
+
+# Small and odd cases
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_seed_gives_its_bits_twice_and_another_seed_others(script, arrays, tmp_path):
+    flags = ["--dataset", arrays, "--paired", 0.5, "--batch-size", 48, "--epochs", 1, "--out"]
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(script, *flags, tmp_path / name, "--seed", seed)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a[key], c[key]) for key in a if key.startswith("encoders"))
+
+
+@pytest.mark.parametrize(
+    "script", ["mvae", *(pytest.param(name, marks=slow) for name in SCRIPTS if name != "mvae")]
+)
+def test_constant_data_gives_finite_numbers(script, tmp_path):
+    xs = np.zeros((12, 1, 8, 8), np.uint8), np.full((12, 3, 8, 8), 255, np.uint8)
+    np.savez(
+        tmp_path / "c.npz", **{f"{p}_{k}": x for p in ("train", "test") for k, x in enumerate(xs)}
+    )
+    train(script, "--dataset", tmp_path / "c.npz", "--epochs", 30, "--batch-size", 4, "--lr", 1e-2,
+          "--latent-dim", 1, "--out", tmp_path / "run", *(["--samples", 1] if script[:2] == "mm" else []))  # fmt: skip
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    first, last = (list(map(float, rows[k].split(",")[:4])) for k in (0, -1))
+    assert all(map(math.isfinite, last)) and last[2] > first[2] and last[3] > first[3]
+    assert last[3] > -10  # nats of 192 pixels that are always 1
+
+
+@pytest.mark.parametrize(
+    "script", ["mvae", *(pytest.param(name, marks=slow) for name in SCRIPTS if name != "mvae")]
+)
+def test_captions_of_unknown_words_alone_train(script, tmp_path, small_net):
+    cub = shi(tmp_path)
+    for name, photos in (("text_trainvalclasses.txt", 4), ("text_testclasses.txt", 2)):
+        (cub / name).write_text("\n".join(f"word{k}" for k in range(10 * photos)) + "\n")
+    data.prepare_cub(tmp_path)
+    dataset = data.load_cub(tmp_path)
+    assert dataset.words == list(data.SPECIALS)
+    assert (dataset.train[torch.arange(40)][1][:, :3] == torch.tensor([0, 2, 1])).all()
+    flags = ["--dataset", "cub", "--data", tmp_path, "--epochs", 1, "--batch-size", 20]
+    train(script, *flags, "--latent-dim", 2, "--out", tmp_path / "run")
+    row = (tmp_path / "run" / "log.csv").read_text().splitlines()[1].split(",")
+    assert all(math.isfinite(float(value)) for value in row)
+
+
+def test_a_digit_that_the_test_split_lacks_leaves_the_other_numbers_as_they_are(small_root):
+    raw = small_root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    labels = np.frombuffer(raw.read_bytes()[8:], np.uint8).copy()
+    labels[labels == 3] = 4
+    raw.write_bytes(raw.read_bytes()[:8] + labels.tobytes())
+    dataset = data.load("mnist-svhn", small_root)
+    assert sorted(set(dataset.test.labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert len(dataset.test) == 2 * 8 + 3
+    whole = toy()
+    index = (whole.test.labels != 3).nonzero()[:, 0]
+    rows = [r[index] for r in whole.test.rows]
+    lacking = whole._replace(test=data.Split(whole.test.bases, rows, whole.test.labels[index]))
+    metrics = evaluation.evaluate(Perfect(SHAPES), lacking, READERS)
+    assert metrics["cross_coherence"] == {"mnist->svhn": 1, "svhn->mnist": 1}
+    assert metrics["joint_coherence"] == 1 and min(metrics["latent_accuracy"].values()) > 0.99
 
 
 # ---------------------------------------------------------------------------------- the text itself
