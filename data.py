@@ -411,11 +411,13 @@ def read_npz(path, required=()):
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({reason})") from None
     except (
         Exception
     ) as error:  # zipfile.BadZipFile, EOFError, zlib.error, MemoryError of a forged header
-        raise ValueError(f"{path} is damaged or no .npz ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or no .npz ({reason})") from None
 
 
 def prepared(root, *parts):
