@@ -411,12 +411,12 @@ def read_npz(path, required=()):
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({reason})") from None
     except (
         Exception
     ) as error:  # zipfile.BadZipFile, EOFError, zlib.error, MemoryError of a forged header
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is damaged or no .npz ({reason})") from None
 
 
@@ -862,7 +862,7 @@ def unpack(archive, folder, holds, ending):
             if not (folder / holds).is_dir():  # it is, where another process was faster
                 raise
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{archive} cannot be unpacked ({reason}): is it whole?") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
