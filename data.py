@@ -429,20 +429,25 @@ def prepared(root, *parts):
     return path if path.exists() or writable else Path("data", *parts)
 
 
-def save_npz(path, **arrays):
-    """Written beside its place and renamed, so that a reader finds a whole file or none."""
+def replace(path, write):
+    """write(file) beside its place, then rename, so that a reader finds a whole file or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            np.savez(file, **arrays)
+            write(file)
         os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_npz(path, **arrays):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be written ({error.strerror}): choose another --data"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def download(url, path, digest=None):

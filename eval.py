@@ -1,9 +1,8 @@
 """Metrics, tables and figures of trained models. `python eval.py runs/a runs/b --figures figures`
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
-    linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of latent
-    samples w2(mean1, std1, mean2, std2)                      2-Wasserstein distance of Gaussians,
-    [meme] App. F
+    linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of samples
+    w2(mean1, std1, mean2, std2)                      2-Wasserstein distance, [meme] App. F
 
 These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
 their test split. There z is one sample of the posterior per example (--seed fixes it) and the
@@ -20,7 +19,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import sys
 import textwrap
 import warnings
@@ -48,7 +46,7 @@ class CCA(NamedTuple):
 
 
 def cca(x, y, k=40, ridge=1e-3, whiten=True):
-    """The k pairs of directions along which x (n, Dx) and y (n, Dy) correlate most ([meme] App. G).
+    """The k pairs of directions along which x (n, Dx), y (n, Dy) correlate most, [meme] App. G.
     -> CCA
 
         Cxx^-½ Cxy Cyy^-½ = U S V',   wx = Cxx^-½ U,   wy = Cyy^-½ V,   correlations S
@@ -71,8 +69,7 @@ def cca(x, y, k=40, ridge=1e-3, whiten=True):
 
 
 def inverse_root(x, ridge):
-    """(cov + ridge · mean variance · I)^-½ of centred x (n, D). Without a ridge, directions of no
-    variance drop out."""
+    """(cov + ridge · mean variance · I)^-½ of centred x (n, D); what has no variance drops out."""
     cov = x.T @ x / (len(x) - 1)
     values, vectors = np.linalg.eigh(cov + ridge * np.trace(cov) / len(cov) * np.eye(len(cov)))
     kept = values > 1e-12 * values.max()
@@ -80,16 +77,16 @@ def inverse_root(x, ridge):
 
 
 def correlation(fit, x, y):
-    """Cosine of the projections of each pair, centred by the means of the fit: [meme] eq. (12). ->
-    (n,)"""
+    """Cosine of each pair's projections, centred by the fit's means, [meme] eq. (12). -> (n,)"""
     x, y = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy  # (n, k)
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return (x * y).sum(1) / np.maximum(lengths, 1e-12)
 
 
 def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
-    """argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,  biases not penalised, by Newton's
-    method.
+    """Newton's method for
+
+        argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,    biases not penalised
 
     z (n, L), y (n,) integers below `classes` -> W (L + 1, C), at which no entry of the gradient
     exceeds `tolerance`.
@@ -132,8 +129,7 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
 
 
 def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
-    """Test accuracy of multinomial logistic regression on z, every dimension scaled to variance 1
-    in training.
+    """Test accuracy of multinomial logistic regression on z, scaled to variance 1 in training.
 
     z (n, L), y (n,) any labels; l2 as in logistic_regression.
     """
@@ -147,14 +143,13 @@ def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
 
 
 def w2(mean1, scale1, mean2, scale2):
-    """2-Wasserstein distance of two Gaussians ([meme] App. F, whose ||m1 + m2|| is a misprint). ->
-    (...)
+    """2-Wasserstein distance of two Gaussians ([meme] App. F, whose ||m1 + m2|| is a misprint).
 
-        d² = ||m1 - m2||² + Tr(Σ1 + Σ2 - 2 (Σ1^½ Σ2 Σ1^½)^½),    diagonal:  ||m1 - m2||² + ||std1 -
-        std2||²
+        d² = ||m1 - m2||² + Tr(Σ1 + Σ2 - 2 (Σ1^½ Σ2 Σ1^½)^½)
+        d² = ||m1 - m2||² + ||std1 - std2||²                          where both are diagonal
 
-    means (..., d); scales: standard deviations (..., d) or covariances (..., d, d), leading axes
-    broadcast.
+    means (..., d); scales: standard deviations (..., d) or covariances (..., d, d); leading axes
+    broadcast. -> (...)
     """
     squared = ((mean1 - mean2) ** 2).sum(-1)
     if scale1.ndim == mean1.ndim:
@@ -173,10 +168,10 @@ RECIPE = 1  # to be raised when what follows changes: oracles kept from before a
 
 
 class Oracle(nn.Module):
-    """A digit classifier, images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W are 24 or
-    more.
+    """A digit classifier: images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W >= 24.
 
-    `information` replaces its last layer by a Gaussian process, which knows what it has not seen.
+    Every image is scaled to one contrast first. `information` replaces the last layer by a Gaussian
+    process, which knows what it has not seen.
     """
 
     def __init__(self, channels):
@@ -202,16 +197,15 @@ class Oracle(nn.Module):
 
 
 class GaussianProcess(nn.Module):
-    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2). h
-    (B, D) features
+    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2).
 
         f_c ~ GP(0, k),  k(h, h') = s² exp(-|h - h'|² / 2l²),  p(y|f) = softmax(f)_y,  c = 1..10
-        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)              whitened, Z: inducing
-        points ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
+        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)
+        ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
 
-    What the paper leaves open: 100 inducing points, started at training features and learned; one s
-    and one l, started at 3 and the median distance; 5 samples of f in training; the features stay
-    as the oracle has learned them.
+    h (B, D): features; Z: the inducing points. What the paper leaves open: 100 inducing points,
+    started at training features and learned; one s and one l, started at 3 and the median distance;
+    5 samples of f in training; the features stay as the oracle has learned them.
     """
 
     def __init__(self, features, classes=10, points=100):
@@ -260,8 +254,7 @@ class GaussianProcess(nn.Module):
             optimizer.step()
 
     def information(self, h, samples=100):
-        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)] in nats: high where f, the classifier, is in doubt.
-        -> (B,)"""
+        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)], nats: high where f is in doubt. -> (B,)"""
         mean, std = self(h)
         p = (mean + std * torch.randn(samples, *mean.shape, device=h.device)).softmax(-1)
         entropy = torch.special.entr(p).sum(-1).mean(0)
@@ -269,16 +262,15 @@ class GaussianProcess(nn.Module):
 
 
 def views(dataset):
-    """What is judged, as functions of the M modalities: each image, or the parts of a split one put
-    together."""
+    """What is judged, as functions of the M modalities: each image, or the parts put together."""
     if dataset.name in nets.BANDS:
         return {"image": lambda xs: torch.cat(xs, -2)}
     return {name: lambda xs, m=m: xs[m] for m, name in enumerate(dataset.names)}
 
 
 def train_oracle(split, view, steps=1000, batch_size=128):
-    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels. -> Oracle
-    in eval mode"""
+    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels.
+    -> Oracle in eval mode"""
     torch.manual_seed(0)
     device = split.labels.device
     oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
@@ -303,11 +295,11 @@ def train_oracle(split, view, steps=1000, batch_size=128):
 
 
 def load_oracle(dataset, name, root, steps=1000):
-    """The oracle of a view, from root/oracles, where it is trained and kept at first. -> Oracle,
-    its test accuracy
+    """The oracle of a view, from root/oracles, where it is kept once trained.
+    -> Oracle, its test accuracy
 
-    The file holds a digest of all it was made from: other images, labels or settings, and it is
-    made anew.
+    The file holds a digest of all that it was made from: other images, labels or settings, and it
+    is made anew.
     """
     view, path = views(dataset)[name], data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
     device = dataset.test.labels.device
@@ -331,7 +323,7 @@ def load_oracle(dataset, name, root, steps=1000):
     saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda file: torch.save(saved, file))
+        data.replace(path, lambda file: torch.save(saved, file))
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}): not kept", file=sys.stderr)
     return oracle, accuracy
@@ -349,23 +341,12 @@ def shared(a, b):
     return (a == b).double().mean().item()
 
 
-def replace(path, write):
-    """Write a file beside its place and rename it, so that a reader finds a whole file or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------- metrics of a model
 
 
 def subsets(names):
-    """What can be shown, by name, as M booleans: top, bottom, both; of three top, ..., top+middle,
-    ..., all."""
+    """What can be shown, as M booleans by name: top, bottom, both; of three also top+middle, ...,
+    all."""
     found = {}
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, size):
@@ -382,8 +363,8 @@ def singles(names):
 
 @torch.no_grad()
 def generated_digits(model, dataset, oracles, shown):
-    """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read. ->
-    {view: (N,)}"""
+    """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read.
+    -> {view: (N,)}"""
     read = {name: [] for name in oracles}
     for index in torch.arange(len(dataset.test)).split(500):
         means = model.decode(model.posterior(*data.show(dataset.test, shown, index)).sample())
@@ -393,8 +374,7 @@ def generated_digits(model, dataset, oracles, shown):
 
 
 def split_accuracy(model, dataset, oracles):
-    """[poe] Table 1: from every subset of the parts the whole image is regenerated; is it still the
-    digit?"""
+    """[poe] Table 1: the whole image from every subset of its parts; is it still the digit?"""
     accuracy = {}
     for name, shown in subsets(dataset.names).items():
         read = generated_digits(model, dataset, oracles, shown)["image"]
@@ -403,8 +383,7 @@ def split_accuracy(model, dataset, oracles):
 
 
 def coherence(model, dataset, oracles):
-    """[meme] Table 3: one modality is shown, each is generated from it; is it the digit that was
-    shown?"""
+    """[meme] Table 3: one modality is shown, each generated from it; is it the digit shown?"""
     cross, own = {}, {}
     for source, shown in singles(dataset.names).items():
         for target, read in generated_digits(model, dataset, oracles, shown).items():
@@ -437,8 +416,7 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
 
 @torch.no_grad()
 def mutual_information(model, dataset, oracles, examples=1000):
-    """[meme] Table 6: I(label, oracle's weights | generated image), nats; low where the image looks
-    real to it.
+    """[meme] Table 6: I(label, oracle's weights | generated image), nats; low where it looks real.
 
     The paper has a number per modality and does not say what from; here both: "svhn" from itself,
     "mnist->svhn".
@@ -460,8 +438,7 @@ def latent_samples(model, split, shown, index):
 
 
 def latent_accuracy(model, dataset):
-    """[meme] Table 4: a linear classifier of z ~ q(z|x_m), fitted on every training image of
-    modality m once."""
+    """[meme] Table 4: a linear classifier of z ~ q(z|x_m), fitted on every training image once."""
     accuracy = {}
     for m, (name, shown) in enumerate(singles(dataset.names).items()):
         index = np.unique(dataset.train.rows[m].cpu(), return_index=True)[1]
@@ -477,8 +454,10 @@ def latent_accuracy(model, dataset):
 
 @torch.no_grad()
 def log_likelihood(model, dataset, examples=100, samples=1000):
-    """[meme] Table 2: the mean log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others),
-    importance-weighted, nats."""
+    """[meme] Table 2: the means of log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others).
+
+    Nats, importance-weighted, log 1/K Σ_k w_k, without the weights of the likelihoods in training.
+    """
     names, everything = dataset.names, (True,) * len(dataset.names)
     cases = {name: (shown, None) for name, shown in singles(names).items()}
     cases[",".join(names)] = (everything, None)
@@ -499,8 +478,10 @@ def log_likelihood(model, dataset, examples=100, samples=1000):
 
 
 def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data"):
-    """All metrics that apply to the data set. oracles: {view: Oracle}; examples: for likelihoods, 0
-    to leave out."""
+    """All metrics that apply to the data set.
+
+    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none.
+    """
     torch.manual_seed(seed)
     model.eval()
     if dataset.name == "cub":
@@ -532,8 +513,7 @@ def caption_text(tokens, words):
 
 
 def character_ngrams(words, shortest=3, longest=6):
-    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur, no
-    hashing.
+    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur.
 
     -> (V, G) 0/1 sparse CSR, its transpose; the specials have none.
     """
@@ -588,13 +568,15 @@ def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
 def word_vectors(
     captions, words, dim=300, window=3, negative=5, epochs=10, lr=0.025, seed=0, device="cpu"
 ):
-    """FastText [Bojanowski et al. 2017] on captions (N, 32): a word is the mean of its own vector
-    and its n-grams'.
+    """FastText [Bojanowski et al. 2017]: a word is the mean of its own vector and its n-grams'.
 
     Skip-gram with negative sampling. The vocabulary is small, so each step of gradient descent
-    takes the expectation over words and negatives in place of a sample: gradients of Σ_ij n_ij log
-    σ(h_i·o_j) + m_ij log σ(-h_i·o_j), with n_ij the pairs that a step would see and m_ij = negative
-    Σ_j n_ij p_j^.75. -> float32 (V, dim), zeros for specials
+    takes the expectation over words and negatives in place of a sample: it climbs
+
+        Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),    m_ij = negative (Σ_k n_ik) p_j
+
+    with n_ij the pairs that a step would see, p_j ∝ frequency^.75.
+    captions (N, 32) -> float32 (V, dim), zeros for specials
     """
     units, transposed = (m.to(device) for m in character_ngrams(words))
     share = 1 / units.sum(1, keepdim=True).to_dense().clamp(min=1)  # (V, 1)
@@ -625,8 +607,7 @@ def word_vectors(
 
 
 def cached_word_vectors(root, captions, words, device="cpu"):
-    """word_vectors of the training captions, kept in cub/words.npz beside a digest of what they
-    were trained on."""
+    """word_vectors of the training captions, kept in cub/words.npz beside a digest of those."""
     captions = captions.cpu().numpy()
     digest = hashlib.sha256(captions.tobytes() + "\n".join(words).encode()).hexdigest()
     path = data.prepared(root, "cub", "words.npz")
@@ -638,15 +619,14 @@ def cached_word_vectors(root, captions, words, device="cpu"):
         pass
     vectors = word_vectors(captions, words, device=device)
     try:
-        replace(path, lambda file: np.savez(file, vectors=vectors, digest=digest))
+        data.replace(path, lambda file: np.savez(file, vectors=vectors, digest=digest))
     except OSError as error:
         print(f"word vectors are not kept: {path.parent} cannot be written to ({error.strerror})")
     return vectors
 
 
 def sentence_vectors(tokens, words, vectors):
-    """The average over a caption's words up to <eos>; specials do not count, no word at all gives
-    0.
+    """The average over a caption's words up to <eos>, specials not counted; of no word at all, 0.
 
     tokens (N, 32), vectors (V, D) -> float32 (N, D)
     """
@@ -661,8 +641,7 @@ def sentence_vectors(tokens, words, vectors):
 
 @torch.no_grad()
 def cross_generate(model, split, batch_size=256):
-    """Each test pair the other way round: one z per input, the decoded mean, the likeliest word at
-    each position.
+    """Each test pair the other way round: one z per input, the decoded mean, the likeliest words.
 
     -> features from the captions (N, 2048), captions from the images int64 (N, 32)
     """
@@ -687,11 +666,9 @@ def joint_generate(model, n=1000, batch_size=250):
 
 
 def evaluate_cub(model, dataset, root="./data", samples=1000, batch_size=256):
-    """[meme] Table 5, App. G: the mean correlation (eq. 12) of photos' features and sentence
-    vectors.
+    """[meme] Table 5, App. G: the mean correlation (eq. 12) of photos' features and sentences.
 
-    CCA, k = 40, whitened, is fit on the training pairs; `truth` is the figure of the test pairs
-    themselves.
+    CCA, k = 40, whitened, is fit on the training pairs; `truth` is that of the test pairs.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -724,8 +701,8 @@ def evaluate_cub(model, dataset, root="./data", samples=1000, batch_size=256):
 
 
 def nearest_photos(features, photos):
-    """The row of `photos` (P, 2048) that is nearest to each of `features` (N, 2048), Euclidean. ->
-    int64 (N,)"""
+    """The row of `photos` (P, 2048) nearest to each of `features` (N, 2048), Euclidean.
+    -> int64 (N,)"""
     features, photos = torch.as_tensor(features), torch.as_tensor(photos)
     rows = [torch.cdist(x, photos.to(x.device)).argmin(1) for x in features.split(1000)]
     return torch.cat(rows).cpu().numpy()
@@ -751,8 +728,7 @@ def bit_cross_entropy(probabilities, packed, block=2048):
 
 
 def rank_of(scores, true):
-    """The rank of scores[true] among the scores (n,), 1 for the lowest; equal ones share their mean
-    rank."""
+    """The rank of scores[true] among scores (n,), 1 for the lowest; ties share their mean rank."""
     gap = scores - scores[true]
     return 1 + (gap < -1e-9).sum() + ((abs(gap) <= 1e-9).sum() - 1) / 2
 
@@ -765,14 +741,16 @@ def challenge_ranks(probabilities, challenges):
 
 
 def top_k(ranks, ks):
-    """The share of challenges whose true candidate is among the first k. ranks (n,), ks (K,) ->
-    (K,)"""
+    """The share of challenges whose true candidate is among the first k.
+
+    ranks (n,), ks (K,) -> (K,)
+    """
     return (np.asarray(ranks)[:, None] <= np.asarray(ks)).mean(0)
 
 
 def random_top_k(sizes, ks):
-    """What top_k is on average when the candidates, `sizes` (n,) of them, are in random order. ->
-    (K,)"""
+    """What top_k is on average when the candidates, `sizes` (n,) of them, are in random order.
+    -> (K,)"""
     return np.minimum(np.asarray(ks) / np.asarray(sizes)[:, None], 1).mean(0)
 
 
@@ -783,8 +761,7 @@ def tanimoto(a, b):
 
 
 def bit_scores(probabilities, bits):
-    """How well bits (N, D) are predicted: accuracy and Tanimoto of p > 1/2, cross entropy in nats
-    per example."""
+    """How well bits (N, D) are predicted: accuracy and Tanimoto of p > 1/2, nats per example."""
     predicted = probabilities > 0.5
     p = np.clip(probabilities, CERTAIN, 1 - CERTAIN)
     return {
@@ -801,22 +778,20 @@ def rank_scores(ranks):
 
 @torch.no_grad()
 def predict_bits(model, take, n, samples=1, batch_size=128):
-    """p(bit = 1) from the spectrum alone: decoded from a sample of q(z | spectrum), or the mean
-    over several.
+    """p(bit = 1) from the spectrum alone, the mean over samples of q(z | spectrum).
 
-    take(index): the spectra (B, 11000) of a LongTensor of examples, of 0 ... n - 1. -> (n, 2149)
-    float32
+    take(index): the spectra (B, 11000) of some of the n examples. -> float32 (n, 2149)
     """
     device, found = next(model.parameters()).device, []
     for index in torch.arange(n).split(batch_size):
         z = model.posterior(take(index).to(device), None).sample((samples,))  # (samples, B, L)
-        found.append(model.decode(z)[1].mean(0).float().cpu())
+        p = nets.mean(model.modalities[1], model.decoders[1](z))
+        found.append(p.mean(0).float().cpu())
     return torch.cat(found).numpy()
 
 
 def evaluate_spectra(model, dataset, challenges=None, samples=20, seed=0, batch_size=128):
-    """Fingerprints predicted from spectra: bits on the test split, ranks of the true candidates
-    ([poe] 4.4, Fig. 11).
+    """Fingerprints from spectra: bits of the test split, ranks of the true candidates ([poe] 4.4).
 
     challenges: data.load_challenges(root), or None. samples: of z, whose predictions are averaged.
     "frequency" predicts for all spectra how often each bit is set in the training examples; it
@@ -879,8 +854,7 @@ class Run(NamedTuple):
 
 
 def load_run(folder, device="cpu"):
-    """The trained model of a run folder. ValueError, in a sentence, when the folder is not
-    whole."""
+    """The trained model of a run folder. ValueError, in a sentence, when it is not whole."""
     folder = Path(folder)
     for name in ("args.json", "checkpoint.pt"):
         if not (folder / name).is_file():
@@ -934,8 +908,7 @@ def columns(metrics):
 
 
 def setting(result):
-    """What has to agree for two runs to be one row of a table: all but the seed and where it ran.
-    -> dict"""
+    """What two runs in one row of a table share: all but the seed and where it ran. -> dict"""
     free = ("seed", "out", "data", "device", "amp", "compile", "resume")
     run = {k: v for k, v in result["run"].items() if k not in free}
     return run | run["options"] | {"epoch": result["epoch"]}
@@ -951,8 +924,7 @@ def grouped(results):
 
 
 def row_names(groups, leave_out=""):
-    """The model of each group and the flags in which the groups of one model differ: MEME
-    kl=sample."""
+    """The model of each group and the flags in which a model's groups differ: MEME kl=sample."""
     shown = "paired unpaired epoch epochs spec options examples note".split() + [leave_out]
     settings, names = [setting(group[0]) for group in groups], []
     for own in settings:
@@ -963,34 +935,110 @@ def row_names(groups, leave_out=""):
     return names
 
 
-TABLE_1 = ("both", "top", "bottom")  # of [poe]
-TABLES_3_4 = ("mnist→svhn", "svhn→mnist", "latent mnist", "latent svhn")  # of [meme]
-TABLE_5 = ("corr. image→caption", "corr. caption→image", "corr. truth")
-PAPER = [  # data set, model, paired, unpaired, columns, numbers
-    ("mnist-split", "MMVAE", "1", "", TABLE_1, (0.539, 0.221, 0.283)),
-    ("mnist-split", "SVAE", "1", "", TABLE_1, (0.948, 0.872, 0.816)),
-    ("mnist-split", "VAEVAE", "1", "", TABLE_1, (0.956, 0.887, 0.830)),
-    ("mnist-split", "VAEVAE*", "1", "", TABLE_1, (0.958, 0.863, 0.778)),
-    ("mnist-svhn", "MEME", "1", "", TABLES_3_4, (0.625, 0.752, 0.908, 0.648)),
-    ("mnist-svhn", "MEME", "0.25", "split", TABLES_3_4, (0.503, 0.621, 0.893, 0.507)),
-    ("mnist-svhn", "MEME", "0.0625", "split", TABLES_3_4, (0.387, 0.503, 0.856, 0.316)),
-    ("mnist-svhn", "MMVAE", "1", "", TABLES_3_4, (0.581, 0.735, 0.886, 0.499)),
-    ("mnist-svhn", "MVAE", "1", "", TABLES_3_4, (0.123, 0.498, 0.892, 0.131)),
-    ("cub", "MEME", "1", "", TABLE_5, (0.064, 0.074, 0.106)),
-    ("cub", "MMVAE", "1", "", TABLE_5, (0.060, 0.058, 0.106)),
-    ("cub", "MVAE", "1", "", TABLE_5, (-0.002, -0.002, 0.106)),
+PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8, 1/16
+    # [poe] Table 1
+    ("mnist-split", "MMVAE", "", "both", ".539"),
+    ("mnist-split", "MMVAE", "", "top", ".221"),
+    ("mnist-split", "MMVAE", "", "bottom", ".283"),
+    ("mnist-split", "SVAE", "", "both", ".948"),
+    ("mnist-split", "SVAE", "", "top", ".872"),
+    ("mnist-split", "SVAE", "", "bottom", ".816"),
+    ("mnist-split", "VAEVAE", "", "both", ".956"),
+    ("mnist-split", "VAEVAE", "", "top", ".887"),
+    ("mnist-split", "VAEVAE", "", "bottom", ".830"),
+    ("mnist-split", "VAEVAE*", "", "both", ".958"),
+    ("mnist-split", "VAEVAE*", "", "top", ".863"),
+    ("mnist-split", "VAEVAE*", "", "bottom", ".778"),
+    # [meme] Table 3; Table 7, which does not say where from: taken as what is generated
+    ("mnist-svhn", "MEME", "svhn", "mnist→svhn", ".625 .551 .323 .172 .143"),
+    ("mnist-svhn", "MEME", "mnist", "mnist→svhn", ".625 .572 .485 .470 .451"),
+    ("mnist-svhn", "MEME", "split", "mnist→svhn", ".625 .625 .503 .467 .387"),
+    ("mnist-svhn", "MEME", "svhn", "svhn→mnist", ".752 .726 .652 .557 .477"),
+    ("mnist-svhn", "MEME", "mnist", "svhn→mnist", ".752 .715 .603 .546 .446"),
+    ("mnist-svhn", "MEME", "split", "svhn→mnist", ".752 .718 .621 .568 .503"),
+    ("mnist-svhn", "MMVAE", "", "mnist→svhn", ".581"),
+    ("mnist-svhn", "MMVAE", "", "svhn→mnist", ".735"),
+    ("mnist-svhn", "MMVAE, Laplace", "", "mnist→svhn", ".652"),
+    ("mnist-svhn", "MMVAE, Laplace", "", "svhn→mnist", ".918"),
+    ("mnist-svhn", "MVAE", "svhn", "mnist→svhn", ".123 .110 .112 .105 .105"),
+    ("mnist-svhn", "MVAE", "mnist", "mnist→svhn", ".123 .111 .112 .116 .116"),
+    ("mnist-svhn", "MVAE", "split", "mnist→svhn", ".123 .108 .101 .101 .101"),
+    ("mnist-svhn", "MVAE", "svhn", "svhn→mnist", ".498 .305 .268 .220 .188"),
+    ("mnist-svhn", "MVAE", "mnist", "svhn→mnist", ".498 .365 .350 .302 .249"),
+    ("mnist-svhn", "MVAE", "split", "svhn→mnist", ".498 .338 .273 .249 .169"),
+    # [meme] Table 4
+    ("mnist-svhn", "MEME", "svhn", "latent mnist", ".908 .881 .870 .815 .795"),
+    ("mnist-svhn", "MEME", "mnist", "latent mnist", ".908 .882 .844 .824 .807"),
+    ("mnist-svhn", "MEME", "split", "latent mnist", ".908 .914 .893 .883 .856"),
+    ("mnist-svhn", "MEME", "svhn", "latent svhn", ".648 .549 .295 .149 .113"),
+    ("mnist-svhn", "MEME", "mnist", "latent svhn", ".648 .581 .398 .384 .362"),
+    ("mnist-svhn", "MEME", "split", "latent svhn", ".648 .675 .507 .432 .316"),
+    ("mnist-svhn", "MMVAE", "", "latent mnist", ".886"),
+    ("mnist-svhn", "MMVAE", "", "latent svhn", ".499"),
+    ("mnist-svhn", "MVAE", "svhn", "latent mnist", ".892 .895 .890 .887 .880"),
+    ("mnist-svhn", "MVAE", "mnist", "latent mnist", ".892 .895 .898 .896 .895"),
+    ("mnist-svhn", "MVAE", "split", "latent mnist", ".892 .898 .895 .894 .898"),
+    ("mnist-svhn", "MVAE", "svhn", "latent svhn", ".131 .106 .107 .105 .102"),
+    ("mnist-svhn", "MVAE", "mnist", "latent svhn", ".131 .106 .106 .107 .101"),
+    ("mnist-svhn", "MVAE", "split", "latent svhn", ".131 .107 .109 .104 .100"),
+    # [meme] Table 6; its MEME_SPLIT rows repeat Table 4 and are left out
+    ("mnist-svhn", "MEME", "svhn", "MI mnist", ".075 .086 .101 .102 .103"),
+    ("mnist-svhn", "MEME", "mnist", "MI mnist", ".073 .087 .101 .099 .104"),
+    ("mnist-svhn", "MEME", "svhn", "MI svhn", ".036 .047 .071 – .134"),
+    ("mnist-svhn", "MEME", "mnist", "MI svhn", ".036 .048 .085 .111 .142"),
+    ("mnist-svhn", "MMVAE", "", "MI mnist", ".105"),
+    ("mnist-svhn", "MMVAE", "", "MI svhn", ".042"),
+    ("mnist-svhn", "MVAE", "svhn", "MI mnist", ".110 .107 .106 .106 .142"),
+    ("mnist-svhn", "MVAE", "mnist", "MI mnist", ".102 .093 .110 .100 .100"),
+    ("mnist-svhn", "MVAE", "split", "MI mnist", ".110 .104 .099 .100 .098"),
+    ("mnist-svhn", "MVAE", "svhn", "MI svhn", ".163 .166 .165 .164 .176"),
+    ("mnist-svhn", "MVAE", "mnist", "MI svhn", ".163 .175 .170 .174 .182"),
+    ("mnist-svhn", "MVAE", "split", "MI svhn", ".163 .165 .172 .173 .179"),
+    # [meme] Table 5
+    ("cub", "MEME", "image", "corr. image→caption", ".064 .042 .026 .029"),
+    ("cub", "MEME", "caption", "corr. image→caption", ".064 .062 .048 .052"),
+    ("cub", "MEME", "split", "corr. image→caption", ".064 .046 .031 .027"),
+    ("cub", "MEME", "image", "corr. caption→image", ".074 .058 .051 .046"),
+    ("cub", "MEME", "caption", "corr. caption→image", ".074 .059 .050 .053"),
+    ("cub", "MEME", "split", "corr. caption→image", ".074 .061 .047 .049"),
+    ("cub", "MMVAE", "", "corr. image→caption", ".060"),
+    ("cub", "MMVAE", "", "corr. caption→image", ".058"),
+    ("cub", "MVAE", "image", "corr. image→caption", "-.002 -.000 .001 -.001"),
+    ("cub", "MVAE", "caption", "corr. image→caption", "-.002 -.000 .000 .001"),
+    ("cub", "MVAE", "split", "corr. image→caption", "-.002 .000 .000 -.001"),
+    ("cub", "MVAE", "image", "corr. caption→image", "-.002 -.002 -.002 -.001"),
+    ("cub", "MVAE", "caption", "corr. caption→image", "-.002 -.001 -.003 -.002"),
+    ("cub", "MVAE", "split", "corr. caption→image", "-.002 -.002 -.002 -.002"),
+    *(("cub", m, "", "corr. truth", ".106") for m in ("MEME", "MMVAE", "MVAE")),
 ]
 
 
-def paper_rows(dataset, titles):
-    """What the papers report, as rows of a table with these columns."""
-    rows = []
-    for name, model, paired, unpaired, head, numbers in PAPER:
-        if name == dataset:
-            cells = dict(zip(head, numbers))
-            row = [f"{model}, paper", paired, unpaired, "", ""]
-            rows.append(row + [f"{cells[t]:.3f}" if t in cells else "" for t in titles])
-    return rows
+def paper_name(run):
+    """What the papers call a run's model. None: they have no such model."""
+    model, options = run["model"], run["options"]
+    if options.get("direction"):
+        return None
+    if options.get("posterior") == "laplace":
+        return f"{model}, Laplace"
+    return model + "*" * (
+        options.get("objective", "") == {"SVAE": "vaevae", "VAEVAE": "svae"}.get(model)
+    )
+
+
+def paper_row(run, titles):
+    """What the papers report for the setting of a run, in the columns of its table; [] if nothing.
+
+    With every pair complete `unpaired` does not count, and the first of what they give is taken.
+    """
+    cells, name = {}, paper_name(run)
+    for dataset, model, unpaired, column, numbers in PAPER:
+        series = dict(zip((1, 1 / 2, 1 / 4, 1 / 8, 1 / 16), numbers.split()))
+        same = run["paired"] == 1 or unpaired == run["unpaired"]
+        if (dataset, model) == (run["dataset"], name) and same and run["paired"] in series:
+            cells.setdefault(column, series[run["paired"]].replace(".", "0.", 1))
+    shown = [cells.get(t, "") for t in titles]
+    head = [f"{name}, paper", f"{run['paired']:g}", "", "", ""]
+    return head + shown if any(shown) else []
 
 
 def number(values):
@@ -1019,11 +1067,10 @@ def table(results, paper=False):
             row = [model, f"{run['paired']:g}", run["unpaired"], epochs, len(group)]
             row += [number([c.get(t, math.nan) for c in cells]) for t in titles]
             lines.append("| " + " | ".join(map(str, row)) + " |")
-        for row in paper_rows(groups[0][0]["run"]["dataset"], titles) if paper else []:
-            lines.append("| " + " | ".join(row) + " |")
+            if paper and (row := paper_row(run, titles)):
+                row[0] += " (other data)" if ":" in name or run.get("limit") else ""
+                lines.append("| " + " | ".join(row) + " |")
         lines += ["", *notes(chosen), ""]
-        if paper and ":" in name:
-            lines += ["The papers' numbers are of other data than ours: see the title.", ""]
     return "\n".join(lines)
 
 
@@ -1033,7 +1080,11 @@ def notes(results):
     if oracle := results[0].get("oracle"):
         accuracy = ", ".join(f"{view} {share:.3f}" for view, share in oracle.items())
         lines.append(f"Test accuracy of the oracles: {accuracy}.")
-    for k, n in {(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}:
+    limits = sorted({r["run"].get("limit") for r in results} - {None})
+    if limits:
+        few = " or ".join(f"{n:,}" for n in limits)
+        lines.append(f"Trained on the first {few} examples only (--limit).")
+    for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
         lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
     if "ranks" in results[0]:
         for name in ("frequency", "random"):
@@ -1058,7 +1109,7 @@ COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind too
     "MMVAE": "#CC79A7",
     "MVAE": "#D55E00",
 }
-UNPAIRED, PAIRED = "#56B4E9", "#E69F00"
+UNPAIRED, PAIRED, WRONG = "#56B4E9", "#E69F00", "#D55E00"
 
 
 def pyplot():
@@ -1076,49 +1127,86 @@ def title(run):
     return f"{run.args['model']} · {run.args['dataset']} · f = {run.args['paired']:g}"
 
 
-def canvas(x):
-    """Images in the middle of 32 x 32 in colour, so that all fit one grid."""
-    x = x.clamp(0, 1).expand(-1, 3, -1, -1)
-    height, width = (max(0, 32 - side) for side in x.shape[2:])
-    border = (width // 2, width - width // 2, height // 2, height - height // 2)
-    return F.pad(x, border, value=0.5)
+def canvas(images, height, width):
+    """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour."""
+    x = images.clamp(0, 1).expand(-1, 3, -1, -1)
+    tall, wide = height - x.shape[2], width - x.shape[3]
+    return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=0.5)
+
+
+def page(rows, heading, path, read=None):
+    """An image file with a row per (label, images (n, C, H, W)).
+
+    read: per row the digits to write beside the images and whether the other modality of the same
+    z agrees, both (n,); bold and red where it does not.
+    """
+    from torchvision.utils import make_grid
+
+    plt = pyplot()
+    height, width = (max(images.shape[k] for _, images in rows) for k in (2, 3))
+    margin, columns = 0 if read is None else 12, len(rows[0][1])
+    tiles = torch.cat([canvas(images, height, width) for _, images in rows])
+    tiles = F.pad(tiles, (0, margin), value=1)
+    grid = make_grid(tiles, nrow=columns, pad_value=1).permute(1, 2, 0).cpu()
+    down, across = height + 2, width + margin + 2
+    size = 0.014 * grid.shape[1] + 1.3, 0.014 * grid.shape[0] + 0.4
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.imshow(grid.numpy())
+    middle = [2 + height / 2 + down * k for k in range(len(rows))]
+    ax.set_yticks(middle, [label for label, _ in rows])
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for y, (digits, agree) in zip(middle, read or []):
+        for k, (digit, fits) in enumerate(zip(digits.tolist(), agree.tolist())):
+            style = dict(color="k") if fits else dict(color=WRONG, weight="bold")
+            ax.text(across * k + width + 8, y, digit, ha="center", va="center", size=8, **style)
+    ax.set_title(heading, size=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 @torch.no_grad()
-def generation_grid(model, dataset, path):
+def generations(model, dataset):
     """A column per digit, and per modality shown the rows input, generated from itself, generated
-    in the others.
+    in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
 
-    Split images: two rows per subset of the parts, what is shown and the image regenerated from it.
+    Split images: two rows per subset of the parts, what is shown and the image regenerated from
+    it: [poe] Figs. 3, 4.
     """
-    from torchvision.utils import save_image
-
-    split, rows = dataset.test, []
+    split, names, rows = dataset.test, dataset.names, []
     labels = split.labels.tolist()
     index = torch.tensor([labels.index(digit) for digit in sorted(set(labels))])
     xs = split[index]
-    for shown in subsets(dataset.names).values():
+    for name, shown in subsets(names).items():
         means = model.decode(model.posterior(*data.show(split, shown, index)).sample())
         if dataset.name in nets.BANDS:
             whole = views(dataset)["image"]
             seen = [x if s else torch.full_like(x, 0.5) for x, s in zip(xs, shown)]
-            rows += [whole(seen), whole(means)]
+            rows += [(name, whole(seen)), ("→ image", whole(means))]
         elif sum(shown) == 1:
             m = shown.index(True)
-            rows += [xs[m], means[m], *means[:m], *means[m + 1 :]]
-    save_image(torch.cat([canvas(row) for row in rows]), path, nrow=len(index), pad_value=0.5)
+            rows += [(name, xs[m]), (f"{name} → {name}", means[m])]
+            rows += [(f"{name} → {names[k]}", means[k]) for k in range(len(names)) if k != m]
+    return rows
 
 
 @torch.no_grad()
-def joint_grid(model, dataset, path, columns=10, lines=5):
-    """Samples of the prior; what is made from one z stands one below the other."""
-    from torchvision.utils import save_image
+def joint_samples(model, dataset, oracles, columns=10, lines=5):
+    """Samples of the prior, what is made from one z one below the other: [poe] Figs. 3, 5.
 
-    rows = []
+    -> list of (label, images (n, C, H, W)), and for each what the oracle reads and whether all
+    oracles read that, both (n,); None without oracles
+    """
+    rows, read = [], []
     for _ in range(lines):
         means = model.decode(model.prior().sample((columns,)))
-        rows += [canvas(view(means)) for view in views(dataset).values()]
-    save_image(torch.cat(rows), path, nrow=columns, pad_value=0.5)
+        rows += [(name, view(means)) for name, view in views(dataset).items()]
+        if oracles:
+            digits = [oracles[n](view(means)).argmax(-1) for n, view in views(dataset).items()]
+            agree = (torch.stack(digits) == digits[0]).all(0)
+            read += [(digit, agree) for digit in digits]
+    return rows, read or None
 
 
 @torch.no_grad()
@@ -1179,8 +1267,8 @@ def tree(between, classes, ax):
 
 @torch.no_grad()
 def latent_map(run, dataset, path, n=1000):
-    """[meme] Figs. 19, 20: z ~ q(z|x_m) of every modality in the plane, by t-SNE, or PCA without
-    scikit-learn."""
+    """[meme] Figs. 19, 20: z ~ q(z|x_m) of every modality in the plane, by t-SNE, or, without
+    scikit-learn, PCA."""
     plt = pyplot()
     index = torch.arange(min(n, len(dataset.test)))
     shown = singles(dataset.names).values()
@@ -1204,8 +1292,10 @@ def latent_map(run, dataset, path, n=1000):
 
 
 def gradient_noise(run, dataset, path, draws=30, examples=64):
-    """[meme] Fig. 10: |mean| / std over draws of z of every entry of MEME's gradient, with and
-    without that of w."""
+    """[meme] Fig. 10: |mean| / std of every entry of MEME's gradient, with and without that of w.
+
+    Mean and std are over draws of z, for one batch of test examples.
+    """
     plt = pyplot()
     model, xs = run.model, dataset.test[torch.arange(min(examples, len(dataset.test)))]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
@@ -1248,43 +1338,82 @@ def curves(results, folder, against="paired"):
             raise ValueError(f"--against {against}: its values are no numbers")
         if len(ticks) < 2:
             continue
-        lines = {}  # (model and flags, unpaired): {value of the flag: {title: numbers}}
+        lines = {}  # (model and flags, unpaired, f): {value of the flag: {title: numbers}}
         for label, own, group in zip(row_names(groups, leave_out=against), settings, groups):
             if against in own:
                 cells = [columns(r) for r in group]
                 points = {t: [c.get(t, math.nan) for c in cells] for t in cells[0]}
-                lines.setdefault((label, own["unpaired"]), {})[own[against]] = points
+                f = None if against == "paired" else own["paired"]
+                lines.setdefault((label, own["unpaired"], f), {})[own[against]] = points
         if against == "paired":  # a run on whole pairs alone is the end of every line of its model
-            for (label, unpaired), line in lines.items():
-                ends = [other[1] for (n, _), other in lines.items() if n == label and 1 in other]
-                line |= {1: ends[0]} if ends and 1 not in line else {}
+            ends = {label: line[1] for (label, *_), line in lines.items() if 1 in line}
+            for (label, *_), line in lines.items():
+                line |= {1: ends[label]} if label in ends else {}
+            whole = [key for key, line in lines.items() if len(line) == 1 and 1 in line]
+            for key in whole:  # drawn as the end of another line
+                if sum(other[0] == key[0] for other in lines) > 1:
+                    del lines[key]
         titles = list(dict.fromkeys(t for line in lines.values() for p in line.values() for t in p))
         width = min(4, len(titles))
         height = -(-len(titles) // width)
         size = dict(figsize=(3.2 * width, 2.6 * height + 0.6), layout="constrained")
         figure, axes = plt.subplots(height, width, squeeze=False, **size)
         for ax, metric in zip(axes.flat, titles):
-            for k, ((label, unpaired), line) in enumerate(lines.items()):
+            of_model = {}  # how many lines of a model, which has one colour, are drawn
+            for (label, unpaired, f), line in lines.items():
+                model = label.split()[0]
+                k = of_model[model] = of_model.get(model, -1) + 1
                 x = sorted(value for value in line if metric in line[value])
                 mean = np.array([np.mean(line[value][metric]) for value in x])
                 spread = [line[value][metric] for value in x]
                 std = np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in spread])
-                colour, dash = COLOURS.get(label.split()[0], "k"), ("-", "--", ":", "-.")[k % 4]
-                ax.plot(x, mean, "o", ls=dash, color=colour, label=f"{label} {unpaired}")
+                colour, dash = COLOURS.get(model, "k"), ("-", "--", ":", "-.")[k % 4]
+                name_of_line = " ".join([label, unpaired, *([] if f is None else [f"f = {f:g}"])])
+                ax.plot(x, mean, "os^Dv"[k % 5], ls=dash, color=colour, ms=4, label=name_of_line)
                 ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-            ax.set(xscale="log", title=metric.replace("\\", ""), xlabel=against)
+            ax.set(xscale="log", title=metric.replace("\\", ""))
             ax.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
             ax.minorticks_off()
         for ax in axes.flat[len(titles) :]:
             ax.set_axis_off()
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        figure.suptitle(name)
+        axis = "paired fraction f" if against == "paired" else against.replace("_", "-")
+        figure.suptitle(f"{Path(name).stem} · mean ± std over seeds, against the {axis}")
         figure.savefig(folder / f"{Path(name).stem}-{against.replace('_', '-')}.png", dpi=150)
         plt.close(figure)
 
 
 @torch.no_grad()
-def draw_cub(model, dataset, path, root="./data", n=6):
+def draw_spectra(run, dataset, path, n=4):
+    """[poe] Fig. 11 A-C: test spectra, and below each molecule's bits those that are predicted."""
+    plt = pyplot()
+    index = torch.linspace(0, len(dataset.test) - 1, n).long()
+    spectra, bits = (dataset.test.take(m, index).cpu().numpy() for m in (0, 1))
+    p = predict_bits(run.model, lambda k: dataset.test.take(0, index[k]), n, samples=20)
+    scores = tanimoto(p > 0.5, bits > 0.5)
+    size = dict(figsize=(11, 1.9 * n + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(n, 2, **size)
+    for (left, right), spectrum, bit, guess, score in zip(axes, spectra, bits, p, scores):
+        peaks, ones = spectrum.nonzero()[0], bit.nonzero()[0]
+        left.vlines((peaks + 0.5) / 10, 0, spectrum[peaks], color="k", lw=0.8)
+        left.set(xlim=(0, 1100), ylim=(0, 1.05), ylabel="√ intensity")
+        right.vlines(ones, 0, 1, color=PAIRED, lw=0.7, label="the molecule's")
+        right.vlines(range(len(guess)), 0, -guess, color=UNPAIRED, lw=0.7, label="predicted, p")
+        right.axhline(0, color="k", lw=0.5)
+        right.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], yticklabels=[1, 0, 1])
+        right.text(
+            0.99, 0.96, f"Tanimoto {score:.2f}", transform=right.transAxes, ha="right", va="top"
+        )
+    axes[-1, 0].set_xlabel("m/z")
+    axes[-1, 1].set_xlabel("bit of the fingerprint")
+    axes[0, 1].legend(loc="lower right", ncols=2, fontsize=8)
+    figure.suptitle(f"{title(run)} · test spectra and fingerprints")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_cub(run, dataset, path, root="./data", n=6):
     """Photos and captions of n test pairs with what each generates ([meme] Fig. 4, [poe] Fig. 10),
     to an image file.
 
@@ -1292,8 +1421,7 @@ def draw_cub(model, dataset, path, root="./data", n=6):
     """
     from PIL import Image
 
-    plt = pyplot()
-    model.eval()
+    plt, model = pyplot(), run.model
     device = next(model.parameters()).device
     files, test, words = data.cub_photos(root), dataset.test, dataset.words
     chosen = torch.linspace(0, len(test.bases[0]) - 1, n).long()  # photos, evenly over the species
@@ -1310,8 +1438,9 @@ def draw_cub(model, dataset, path, root="./data", n=6):
         columns.append((f"{name} → caption", "text", texts))
     rows, size = len(chosen), (2.2 * len(columns), 2.2 * len(chosen))
     figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
-    for column, (title, kind, contents) in zip(axes.T, columns):
-        column[0].set_title(title)
+    figure.suptitle(title(run))
+    for column, (head, kind, contents) in zip(axes.T, columns):
+        column[0].set_title(head)
         for axis, content in zip(column, contents):
             axis.axis("off")
             if kind == "text":
@@ -1328,8 +1457,7 @@ def draw_cub(model, dataset, path, root="./data", n=6):
 
 
 def top_k_figure(results, path):
-    """Top-k curves of {run: evaluate_spectra's result}, of the bit frequencies and of random order
-    ([poe] Fig. 11 D)."""
+    """[poe] Fig. 11 D: top-k curves of runs, of the bit frequencies and of random order."""
     plt = pyplot()
     first = next(iter(results.values()))
     sizes = np.array(list(first["sizes"].values()))
@@ -1348,23 +1476,30 @@ def top_k_figure(results, path):
     plt.close(figure)
 
 
-def draw(run, dataset, folder, root, seed=0):
+def draw(run, dataset, oracles, folder, root, seed=0):
     """All figures of one run, named after it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     name = run.folder.resolve().name
-    images = all(len(base.shape) == 4 for base in dataset.test.bases)
+    images = all(len(b.shape) == 4 and b.shape[1] in (1, 3) for b in dataset.test.bases)
     if images:
-        joint_grid(run.model, dataset, folder / f"{name}-joint.png")
+        rows, read = joint_samples(run.model, dataset, oracles)
+        heading = f"{title(run)} · samples of p(z)"
+        if run.args["model"] == "MEME" and run.args["paired"] == 1:
+            heading += "\n(of pseudo-samples, which whole pairs do not train)"
+        page(rows, heading, folder / f"{name}-joint.png", read)
     if dataset.test.labels is not None:
         if images:
-            generation_grid(run.model, dataset, folder / f"{name}-generation.png")
+            rows = generations(run.model, dataset)
+            page(rows, title(run), folder / f"{name}-generation.png")
         latent_map(run, dataset, folder / f"{name}-latent.png")
     if dataset.name == "cub":
-        draw_cub(run.model, dataset, folder / f"{name}-generation.png", root)
-    if dataset.name != "spectra":
-        relatedness(run, dataset, folder / f"{name}-relatedness.png")
-    if hasattr(run.model, "full_gradient") and dataset.name != "spectra":  # too large
+        draw_cub(run, dataset, folder / f"{name}-generation.png", root)
+    if dataset.name == "spectra":
+        draw_spectra(run, dataset, folder / f"{name}-generation.png")
+        return
+    relatedness(run, dataset, folder / f"{name}-relatedness.png")
+    if hasattr(run.model, "full_gradient"):
         gradient_noise(run, dataset, folder / f"{name}-gradient.png")
 
 
@@ -1374,8 +1509,8 @@ DIGITS = ("glyphs", "mnist-svhn", *nets.BANDS)  # the data sets that oracles jud
 
 
 def prepare(name, root, device):
-    """A data set on the device, with its oracles. -> Dataset, {view: Oracle}, {view: test
-    accuracy}"""
+    """A data set on the device, with its oracles.
+    -> Dataset, {view: Oracle}, {view: test accuracy}"""
     dataset = data.load(name, root)
     dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
     found = {}
@@ -1444,10 +1579,10 @@ def main(argv=None):
                 "pseudo": grey_bernoulli(run.model, dataset),
             }
             text = json.dumps(finite(metrics), indent=1, ensure_ascii=False)
-            replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
+            data.replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
             results.append(metrics)
             if args.figures:
-                draw(run, dataset, args.figures, where[1], args.seed)
+                draw(run, dataset, oracles, args.figures, where[1], args.seed)
         except (ValueError, OSError) as error:
             print(f"{p.prog}: {error}", file=sys.stderr)
             failed = True

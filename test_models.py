@@ -1527,7 +1527,10 @@ def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):
     x = dataset.train.bases[0]
     assert evaluation.nearest_photos(x[[2, 0]] + 1e-3, x).tolist() == [2, 0]
     pytest.importorskip("matplotlib")
-    evaluation.draw_cub(Faithful(dataset), dataset, tmp_path / "cub.png", tmp_path, n=2)
+    run = evaluation.Run(
+        tmp_path, dict(model="MEME", dataset="cub", paired=1), 0, Faithful(dataset)
+    )
+    evaluation.draw_cub(run, dataset, tmp_path / "cub.png", tmp_path, n=2)
     with Image.open(tmp_path / "cub.png") as figure:
         assert figure.size[0] > 800
 
@@ -1912,14 +1915,13 @@ class Lookup(torch.nn.Module):
     def __init__(self, answers, noise=0.0):
         super().__init__()
         self.answers = torch.nn.Parameter(answers)  # (n, 2149)
+        self.modalities = [types.SimpleNamespace(likelihood="normal")] * 2  # a mean as it is
+        self.decoders = [None, lambda z: self.answers[z[..., 0].round().long()]]
         self.noise = noise
 
     def posterior(self, x, missing):
         assert missing is None and not self.training
         return torch.distributions.Normal(x.argmax(1, keepdim=True).float(), self.noise + 1e-6)
-
-    def decode(self, z):
-        return [z, self.answers[z[..., 0].round().long()]]
 
 
 def spectra_to_name(n=4, candidates=30):
@@ -1961,7 +1963,10 @@ def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_t
 
     pytest.importorskip("matplotlib")
     evaluation.top_k_figure({"known": found, "constant": constant}, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 5000
+    args = dict(model="SVAE", dataset="spectra", paired=1)
+    run = evaluation.Run(tmp_path, args, 0, Lookup(bits).eval())
+    evaluation.draw_spectra(run, dataset, tmp_path / "spectra.png", n=2)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curve", "spectra"))
 
 
 def test_the_mean_over_samples_is_that_of_the_probabilities():
@@ -2498,16 +2503,30 @@ def test_without_matplotlib_the_table_is_printed_all_the_same(runs, tmp_path, ca
 
 @pytest.mark.parametrize("name", ["mnist-svhn", *nets.BANDS])
 def test_grids_have_a_column_per_digit(name, tmp_path):
-    from PIL import Image
-
     dataset = toy(name)
     model = Perfect([x.shape[1:] for x in dataset.test.bases])
-    evaluation.generation_grid(model, dataset, tmp_path / "generation.png")
-    evaluation.joint_grid(model, dataset, tmp_path / "joint.png")
-    rows = {"mnist-svhn": 6, "mnist-split": 6, "mnist-split3": 14}[name]
-    assert Image.open(tmp_path / "generation.png").size == (10 * 34 + 2, rows * 34 + 2)
-    page = np.asarray(Image.open(tmp_path / "generation.png"))[18::34, 18::34, 0]
-    assert (page[1] == 25 * np.arange(10)).all()  # the columns are 0 to 9
+    rows = evaluation.generations(model, dataset)
+    assert len(rows) == {"mnist-svhn": 6, "mnist-split": 6, "mnist-split3": 14}[name]
+    for label, images in rows:
+        if "→" in label:  # generated: 0 to 9
+            assert torch.allclose(255 * images[:, 0, 14, 14], 25 * torch.arange(10.0), atol=1e-3)
+    pytest.importorskip("matplotlib")
+    evaluation.page(rows, "digits", tmp_path / "generation.png")
+    assert Image.open(tmp_path / "generation.png").size[0] > 600
+
+
+def test_joint_samples_stand_beside_what_the_oracles_read(tmp_path):
+    second = Perfect(SHAPES, lambda m, digit: digit if m == 0 else torch.full_like(digit, 3))
+    rows, read = evaluation.joint_samples(second, toy(), READERS, columns=20, lines=2)
+    assert [label for label, _ in rows] == ["mnist", "svhn"] * 2
+    for (_, images), (digits, _) in zip(rows, read):
+        assert torch.equal((255 * images[:, 0, 9, 9] / 25).round().long(), digits)
+    (first, agree), (threes, same) = read[:2]
+    assert (threes == 3).all() and torch.equal(agree, first == 3) and torch.equal(same, agree)
+    assert evaluation.joint_samples(second, toy(), {})[1] is None
+    pytest.importorskip("matplotlib")
+    evaluation.page(rows, "samples", tmp_path / "joint.png", read)
+    assert (tmp_path / "joint.png").stat().st_size > 5000
 
 
 def test_the_papers_rows_stand_under_ours():
@@ -2519,6 +2538,50 @@ def test_the_papers_rows_stand_under_ours():
     ]
     assert row == ["| SVAE, paper | 1 |  |  |  |  | 0.872 | 0.816 | 0.948 |  |"]
     assert "paper" not in evaluation.table([run])
+    run["run"]["limit"] = 256
+    text = evaluation.table([run], paper=True)
+    assert "SVAE, paper (other data)" in text and "first 256 examples only" in text
+
+
+@pytest.mark.parametrize(
+    "setting, shown",
+    [
+        (dict(), "MEME, paper 1 0.625 0.908"),
+        (dict(paired=0.25), "MEME, paper 0.25 0.503 0.893"),
+        (dict(paired=0.25, unpaired="mnist"), "MEME, paper 0.25 0.485 0.844"),
+        (dict(paired=0.25, unpaired="none"), ""),  # in a figure alone
+        (dict(paired=0.3), ""),
+        (dict(options={"direction": "mnist"}), ""),
+        (dict(model="MMVAE"), "MMVAE, paper 1 0.581 0.886"),
+        (dict(model="MMVAE", options={"posterior": "laplace"}), "MMVAE, Laplace, paper 1 0.652 "),
+        (dict(model="SVAE"), ""),
+    ],
+)
+def test_the_papers_row_is_that_of_the_setting(setting, shown):
+    run = result()["run"] | {"dataset": "mnist-svhn", "options": {}} | setting
+    row = evaluation.paper_row(run, ["mnist→svhn", "latent mnist"])
+    assert " ".join(row[:2] + row[5:]) == shown
+
+
+def test_a_curve_has_a_line_per_model_setting_and_fraction(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+
+    def lines(results, **options):
+        evaluation.curves(results, tmp_path, **options)
+        ax = plt.gcf().axes[0]
+        return {a.get_label(): (a.get_color(), *map(tuple, a.get_data())) for a in ax.lines}
+
+    fractions = [result(m, s, f, f / 2 + s / 100) for m in ("MEME", "MVAE") for s in (0, 2)
+                 for f in (0.25, 1)]  # fmt: skip
+    found = lines(fractions)
+    assert found["MEME split"] == (evaluation.COLOURS["MEME"], (0.25, 1), (0.135, 0.51))
+    assert found["MVAE split"][0] == evaluation.COLOURS["MVAE"] and len(found) == 2
+    pseudo = [result(paired=f, share=f / n, pseudo_samples=n) for f in (0.25, 0.5) for n in (1, 10)]
+    found = lines(pseudo, against="pseudo_samples")
+    assert found["MEME split f = 0.25"][1:] == ((1, 10), (0.25, 0.025))
+    assert found["MEME split f = 0.5"][1:] == ((1, 10), (0.5, 0.05))
+    plt.close("all")
 
 
 # ----------------------------------------------------------------------------------------- the loop
