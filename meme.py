@@ -68,8 +68,9 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 class MEME(nn.Module):
     """kl: "closed" or "sample", the form of the bound; classifier_scale: c, on log q(t|s);
-    direction: the modality s of the one direction to train, instead of all; pseudo_samples: N;
-    explicit: "mixture" or "product" of encoders as p(z|t) when t is several modalities (App. E)."""
+    direction: the modality s of the one direction to train, instead of all;
+    pseudo_samples: N; explicit: "mixture" or "product" of encoders, as p(z|t) when t is several
+    modalities (App. E)."""
 
     def __init__(
         self,

@@ -2308,6 +2308,20 @@ def test_an_oracle_learns_and_its_gaussian_process_knows_noise_when_it_sees_it(t
     assert seen.min() > -1e-6 and noise.max() < math.log(10) and noise.mean() > 3 * seen.mean()
 
 
+@slow
+@pytest.mark.parametrize("m, name", enumerate(("grey", "colour")))
+def test_the_full_recipe_s_process_reads_as_the_oracle_and_doubts_noise(m, name, tmp_path):
+    dataset = data.load("glyphs", tmp_path)
+    oracle, accuracy = evaluation.load_oracle(dataset, name, tmp_path)
+    torch.manual_seed(0)
+    x = dataset.test.take(m, torch.arange(1000))
+    with torch.no_grad():
+        guess = oracle.process(oracle.features(x))[0].argmax(-1)
+        seen, noise = oracle.information(x), oracle.information(torch.rand_like(x))
+    assert abs((guess == dataset.test.labels[:1000]).double().mean() - accuracy) < 0.01
+    assert noise.mean() > 5 * seen.mean() and noise.min() > seen.median()
+
+
 def test_the_gaussian_process_at_its_prior_is_the_prior():
     process = evaluation.GaussianProcess(3, classes=2, points=5)
     torch.manual_seed(0)
@@ -3826,18 +3840,57 @@ def readme_commands():
             yield script.removesuffix(".py"), flags
 
 
+def table_commands():
+    """Those that train what is in the papers' tables and figures."""
+    text = (HERE / "README.md").read_text()
+    rows = "".join(re.findall(r"^\| \[(?:MEME|PoE)\] .*", text, re.M))
+    for script, flags in dict.fromkeys(re.findall(r"`python (\w+)\.py ([^`]*)`", rows)):
+        yield script, flags.split()
+
+
+def test_readme_says_how_to_make_every_table_and_figure():
+    text, named = (HERE / "README.md").read_text(), set()
+    for paper, results in re.findall(r"^\| \[(MEME|PoE)\] ([^|]*) \|", text, re.M):
+        for kind, numbers in re.findall(r"(Table|Fig\.) (\d+(?:, \d+)*)", results):
+            named |= {(paper, kind, int(n)) for n in numbers.split(", ")}
+    assert named == {("MEME", "Table", n) for n in range(2, 8)} | {
+        ("MEME", "Fig.", n) for n in range(3, 23)
+    } | {("PoE", "Table", 1)} | {("PoE", "Fig.", n) for n in range(3, 12)}
+
+
+def run_briefly(commands, root):
+    ran = 0
+    for k, (script, flags) in enumerate(commands):
+        if "spectra" not in flags and "--compile" not in flags:
+            short = ["--epochs", 1, "--limit", 256, "--data", root, "--out", f"run{k}"]
+            train(script, *flags, *short)
+            ran += 1
+    return ran
+
+
 def test_the_commands_of_readme_train(small_root, small_net, arrays, tmp_path, monkeypatch):
     shi(small_root)
     data.prepare_cub(small_root, "none")
     os.rename(arrays, tmp_path / "my.npz")
     monkeypatch.chdir(tmp_path)
-    ran = 0
-    for k, (script, flags) in enumerate(readme_commands()):
-        if "spectra" not in flags and "--compile" not in flags:
-            short = ["--epochs", 1, "--limit", 256, "--data", small_root, "--out", f"run{k}"]
-            train(script, *flags, *short)
-            ran += 1
-    assert ran >= 5
+    assert run_briefly(readme_commands(), small_root) >= 5
+
+
+def test_one_command_of_each_kind_of_the_papers_table_trains(small_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = {}  # those of one script with the same flags differ in their values
+    for script, flags in table_commands():
+        if not {"cub", "spectra"} & set(flags):
+            kinds.setdefault((script, *flags[::2]), (script, flags))
+    assert run_briefly(kinds.values(), small_root) >= 10
+
+
+@slow
+def test_every_command_of_the_papers_table_trains(small_root, small_net, tmp_path, monkeypatch):
+    shi(small_root)
+    data.prepare_cub(small_root, "none")
+    monkeypatch.chdir(tmp_path)
+    assert run_briefly(table_commands(), small_root) >= 40
 
 
 def test_the_code_of_readme_runs():
