@@ -464,11 +464,11 @@ def log_likelihood(model, dataset, examples=100, samples=1000):
     for name, shown in singles(names).items():
         others = tuple(not seen for seen in shown)
         cases[f"{name}|{','.join(n for n in names if n != name)}"] = (shown, others)
-    features = sum(np.prod(x.shape[1:]) for x in model.decode(model.prior().sample((1,))))
-    size = max(1, int(2**23 / (samples * features)))  # of a batch: 2^23 numbers are 32 MiB
+    features = [np.prod(x.shape[1:]) for x in model.decode(model.prior().sample((1,)))]
     found = {}
     for case, (shown, others) in cases.items():
-        nats = []
+        nats, decoded = [], sum(n for n, seen in zip(features, shown) if seen)
+        size = max(1, int(2**23 / (samples * decoded)))  # of a batch: 2^23 numbers are 32 MiB
         for index in torch.arange(min(examples, len(dataset.test))).split(size):
             given = None if others is None else data.show(dataset.test, others, index)
             xs = data.show(dataset.test, shown, index)
@@ -841,9 +841,8 @@ def by_id(challenges, values):
 
 
 SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
-REQUIRED = (
-    "version script model dataset data spec latent_dim options paired unpaired epochs seed".split()
-)
+REQUIRED = dict(script=str, model=str, dataset=str, data=str, spec=dict, latent_dim=int)
+REQUIRED |= dict(options=dict, paired=(int, float), unpaired=str, epochs=int, seed=int)
 
 
 class Run(NamedTuple):
@@ -856,16 +855,23 @@ class Run(NamedTuple):
 def load_run(folder, device="cpu"):
     """The trained model of a run folder. ValueError, in a sentence, when it is not whole."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no run folder {folder}")
     for name in ("args.json", "checkpoint.pt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no run folder, or was never trained: it has no {name}")
     try:
         args = json.loads((folder / "args.json").read_text())
-        version, *_ = [args[key] for key in REQUIRED]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'args.json'} is damaged: train the model again") from None
+        version = args["version"]
+        whole = all(isinstance(args.get(key), kind) for key, kind in REQUIRED.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        version, whole = 1, False
     if version != 1:
         raise ValueError(f"{folder} was written by another version ({version}, not 1)")
+    if not whole:
+        raise ValueError(f"{folder / 'args.json'} is damaged: train the model again")
+    if not (folder / "checkpoint.pt").stat().st_size:
+        raise ValueError(f"{folder / 'checkpoint.pt'} is empty: train the model again")
     try:
         if args["script"] not in SCRIPTS:  # nothing else is imported
             raise ValueError(f"there is no script {args['script']!r}")
@@ -1131,7 +1137,7 @@ def canvas(images, height, width):
     """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour."""
     x = images.clamp(0, 1).expand(-1, 3, -1, -1)
     tall, wide = height - x.shape[2], width - x.shape[3]
-    return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=0.5)
+    return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=1)
 
 
 def page(rows, heading, path, read=None):
@@ -1150,7 +1156,7 @@ def page(rows, heading, path, read=None):
     grid = make_grid(tiles, nrow=columns, pad_value=1).permute(1, 2, 0).cpu()
     down, across = height + 2, width + margin + 2
     size = 0.014 * grid.shape[1] + 1.3, 0.014 * grid.shape[0] + 0.4
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    figure, ax = plt.subplots(figsize=size)
     ax.imshow(grid.numpy())
     middle = [2 + height / 2 + down * k for k in range(len(rows))]
     ax.set_yticks(middle, [label for label, _ in rows])
@@ -1162,7 +1168,7 @@ def page(rows, heading, path, read=None):
             style = dict(color="k") if fits else dict(color=WRONG, weight="bold")
             ax.text(across * k + width + 8, y, digit, ha="center", va="center", size=8, **style)
     ax.set_title(heading, size=10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -1280,13 +1286,19 @@ def latent_map(run, dataset, path, n=1000):
     except ImportError:
         centred = z - z.mean(0)
         plane, method = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T, "PCA"
-    figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    labels = dataset.test.labels[index].cpu()
-    for name, part, marker in zip(dataset.names, np.split(plane, len(dataset.names)), "o^s*"):
-        dots = ax.scatter(*part.T, 12, labels, marker=marker, alpha=0.6, label=name, cmap="tab10")
-    figure.colorbar(dots, ticks=labels.unique(), label="label")
-    ax.legend()
-    ax.set_title(f"{title(run)} · {method}")
+    labels = np.tile(dataset.test.labels[index].cpu(), len(dataset.names))
+    size = dict(figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, **size)
+    colours = (PAIRED, *COLOURS.values())[: len(dataset.names)]
+    for name, part, colour in zip(dataset.names, np.split(plane, len(dataset.names)), colours):
+        left.scatter(*part.T, 8, color=colour, alpha=0.6, lw=0, label=name)
+    left.legend(markerscale=2)
+    left.set_title("modality")
+    for k, label in enumerate(np.unique(labels)):  # a label is its own marker
+        colour, marker = plt.get_cmap("tab10")(k % 10), f"${label}$"
+        right.scatter(*plane[labels == label].T, 25, color=colour, marker=marker, lw=0, alpha=0.8)
+    right.set_title("label")
+    figure.suptitle(f"{title(run)} · samples of the posterior of each modality, {method}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -1299,25 +1311,29 @@ def gradient_noise(run, dataset, path, draws=30, examples=64):
     plt = pyplot()
     model, xs = run.model, dataset.test[torch.arange(min(examples, len(dataset.test)))]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    parts = [list(getattr(model, part).parameters()) for part in ("encoders", "decoders")]
+    sizes = [sum(weight.numel() for weight in part) for part in parts]
     model.kl = "sample"  # eq. (6) as printed, of which eq. (7) is the gradient
     for full in (False, True):
         model.full_gradient = full
-        label, colour = ("eq. (7)", PAIRED) if full else ("w detached", UNPAIRED)
-        for ax, part in zip(axes, ("encoders", "decoders")):
-            weights = list(getattr(model, part).parameters())
-            total, squares = 0, 0
-            for _ in range(draws):
-                gradient = torch.autograd.grad(model.objective(*xs), weights)
-                gradient = torch.cat([g.flatten() for g in gradient]).double()
-                total, squares = total + gradient, squares + gradient**2
-            mean = total / draws
-            std = (squares / draws - mean**2).clamp_min(0).sqrt()
-            ratio = (mean.abs() / std)[std > 0].log10().cpu().clamp(-4, 2)
+        name, colour = ("eq. (7)", PAIRED) if full else ("w detached", UNPAIRED)
+        total, squares = 0, 0
+        for _ in range(draws):
+            gradient = torch.autograd.grad(model.objective(*xs), sum(parts, []))
+            gradient = torch.cat([g.flatten() for g in gradient]).double()
+            total, squares = total + gradient, squares + gradient**2
+        mean = total / draws
+        std = (squares / draws - mean**2).clamp_min(0).sqrt()
+        for ax, m, s in zip(axes, mean.split(sizes), std.split(sizes)):
+            ratio = (m.abs() / s)[s > 0].log10().cpu().clamp(-4, 2)
+            label = f"{name}, median {10 ** ratio.median().item():.2g}"
             ax.hist(ratio, 60, alpha=0.7, label=label, color=colour, density=True)
-            ax.set(xlabel="log10 |mean| / std of a gradient entry", title=part)
+    for ax, part in zip(axes, ("encoders", "decoders")):
+        ax.set(xlabel="log10 |mean| / std of a gradient entry", title=part)
+        ax.legend(loc="upper left", fontsize=8)
     model.full_gradient, model.kl = (run.args["options"][k] for k in ("full_gradient", "kl"))
-    axes[0].legend()
-    figure.suptitle(title(run))
+    axes[0].set_ylabel("density")
+    figure.suptitle(f"{title(run)} · signal to noise of the gradient")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

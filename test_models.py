@@ -2450,8 +2450,20 @@ def test_main_writes_metrics_and_prints_one_table(runs, capsys):
 
 def damage(folder, how):
     path = folder / ("args.json" if "args" in how else "checkpoint.pt")
-    if how.startswith("no"):
+    if how == "no folder":
+        shutil.rmtree(folder)
+    elif how == "a file":
+        shutil.rmtree(folder)
+        folder.write_text("")
+    elif how == "nothing in it":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif how.startswith("no"):
         path.unlink()
+    elif how == "empty checkpoint":
+        path.write_bytes(b"")
+    elif how == "args of a wrong type":
+        path.write_text(path.read_text().replace('"paired": 1.0', '"paired": "all"'))
     elif how == "args of another version":
         path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     elif how == "args of another size":
@@ -2471,8 +2483,13 @@ def damage(folder, how):
 @pytest.mark.parametrize(
     "how",
     [
+        "no folder",
+        "a file",
+        "nothing in it",
         "no args",
         "no checkpoint",
+        "empty checkpoint",
+        "args of a wrong type",
         "cut args",
         "cut checkpoint",
         "args of another version",
