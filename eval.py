@@ -1393,8 +1393,8 @@ def curves(results, folder, against="paired"):
         for ax in axes.flat[len(titles) :]:
             ax.set_axis_off()
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        axis = "paired fraction f" if against == "paired" else against.replace("_", "-")
-        figure.suptitle(f"{Path(name).stem} · mean ± std over seeds, against the {axis}")
+        axis = "the paired fraction f" if against == "paired" else against.replace("_", "-")
+        figure.suptitle(f"{Path(name).stem} · against {axis}, mean ± std over seeds")
         figure.savefig(folder / f"{Path(name).stem}-{against.replace('_', '-')}.png", dpi=150)
         plt.close(figure)
 
@@ -1417,12 +1417,11 @@ def draw_spectra(run, dataset, path, n=4):
         right.vlines(range(len(guess)), 0, -guess, color=UNPAIRED, lw=0.7, label="predicted, p")
         right.axhline(0, color="k", lw=0.5)
         right.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], yticklabels=[1, 0, 1])
-        right.text(
-            0.99, 0.96, f"Tanimoto {score:.2f}", transform=right.transAxes, ha="right", va="top"
-        )
+        right.set_title(f"Tanimoto {score:.2f}", loc="right", size=9)
     axes[-1, 0].set_xlabel("m/z")
     axes[-1, 1].set_xlabel("bit of the fingerprint")
-    axes[0, 1].legend(loc="lower right", ncols=2, fontsize=8)
+    lines = axes[0, 1].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower right", ncols=2)
     figure.suptitle(f"{title(run)} · test spectra and fingerprints")
     figure.savefig(path, dpi=150)
     plt.close(figure)
