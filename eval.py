@@ -464,15 +464,22 @@ def log_likelihood(model, dataset, examples=100, samples=1000):
     for name, shown in singles(names).items():
         others = tuple(not seen for seen in shown)
         cases[f"{name}|{','.join(n for n in names if n != name)}"] = (shown, others)
-    features = [np.prod(x.shape[1:]) for x in model.decode(model.prior().sample((1,)))]
+    z = model.prior().sample((1,))
+    features = [math.prod(x.shape[1:]) for x in model.decode(z)]
+    at_once = 2**20 if z.device.type == "cpu" else 2**26  # numbers: what a cache, or a GPU, holds
     found = {}
     for case, (shown, others) in cases.items():
-        nats, decoded = [], sum(n for n, seen in zip(features, shown) if seen)
-        size = max(1, int(2**23 / (samples * decoded)))  # of a batch: 2^23 numbers are 32 MiB
+        decoded = sum(n for n, seen in zip(features, shown) if seen)
+        block = min(samples, max(1, at_once // decoded))  # of samples
+        blocks = [len(part) for part in torch.arange(samples).split(block)]
+        nats, size = [], max(1, at_once // (block * decoded))
         for index in torch.arange(min(examples, len(dataset.test))).split(size):
             given = None if others is None else data.show(dataset.test, others, index)
             xs = data.show(dataset.test, shown, index)
-            nats.append(model.log_likelihood(*xs, samples=samples, given=given))
+            parts = [
+                model.log_likelihood(*xs, samples=k, given=given) + math.log(k) for k in blocks
+            ]
+            nats.append(torch.stack(parts).logsumexp(0) - math.log(samples))
         found[case] = torch.cat(nats).double().mean().item()
     return {"log_likelihood": found}
 
