@@ -1204,6 +1204,22 @@ def generations(model, dataset):
     return rows
 
 
+def side_by_side(pages):
+    """The same test images through several models, a row each: what is shown, then what every model
+    makes of it in another modality, or of the parts.
+
+    pages: {model: generations' rows} -> list of (label, images (n, C, H, W))
+    """
+    rows = []
+    for k, (label, images) in enumerate(next(iter(pages.values()))):
+        source, arrow, target = label.partition("→")
+        if not arrow:
+            rows.append((label, images))
+        elif source.strip() != target.strip():
+            rows += [(f"{target.strip()}, {name}", page[k][1]) for name, page in pages.items()]
+    return rows
+
+
 @torch.no_grad()
 def joint_samples(model, dataset, oracles, columns=10, lines=5):
     """Samples of the prior, what is made from one z one below the other: [poe] Figs. 3, 5.
@@ -1499,17 +1515,17 @@ def top_k_figure(results, path):
 
 
 def draw(run, dataset, oracles, folder, root, seed=0):
-    """All figures of one run, named after it."""
+    """All figures of one run, named after it. -> generations' rows, of labelled images"""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    name = run.folder.resolve().name
+    name, rows = run.folder.resolve().name, []
     images = all(len(b.shape) == 4 and b.shape[1] in (1, 3) for b in dataset.test.bases)
     if images:
-        rows, read = joint_samples(run.model, dataset, oracles)
+        joint, read = joint_samples(run.model, dataset, oracles)
         heading = f"{title(run)} · samples of p(z)"
         if run.args["model"] == "MEME" and run.args["paired"] == 1:
             heading += "\n(of pseudo-samples, which whole pairs do not train)"
-        page(rows, heading, folder / f"{name}-joint.png", read)
+        page(joint, heading, folder / f"{name}-joint.png", read)
     if dataset.test.labels is not None:
         if images:
             rows = generations(run.model, dataset)
@@ -1519,10 +1535,26 @@ def draw(run, dataset, oracles, folder, root, seed=0):
         draw_cub(run, dataset, folder / f"{name}-generation.png", root)
     if dataset.name == "spectra":
         draw_spectra(run, dataset, folder / f"{name}-generation.png")
-        return
+        return rows
     relatedness(run, dataset, folder / f"{name}-relatedness.png")
     if hasattr(run.model, "full_gradient"):
         gradient_noise(run, dataset, folder / f"{name}-gradient.png")
+    return rows
+
+
+def draw_models(results, pages, folder):
+    """A page per data set with a row per model, of its runs with most pairs and their first seed.
+
+    pages: {folder of a run: generations' rows}
+    """
+    for name in dict.fromkeys(r["run"]["dataset"] for r in results if pages.get(r["folder"])):
+        found = [r for r in results if r["run"]["dataset"] == name and pages.get(r["folder"])]
+        most = max(r["run"]["paired"] for r in found)
+        groups = grouped(r for r in found if r["run"]["paired"] == most)
+        rows = {label: pages[g[0]["folder"]] for label, g in zip(row_names(groups), groups)}
+        if len(rows) > 1:
+            heading = f"{name} · f = {most:g}"
+            page(side_by_side(rows), heading, folder / f"{Path(name).stem}-models.png")
 
 
 # -------------------------------------------------------------------------- python eval.py runs/...
@@ -1572,7 +1604,7 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
 
-    prepared, results, failed = {}, [], False
+    prepared, results, pages, failed = {}, [], {}, False
     for folder in args.runs:
         try:
             run = load_run(folder, args.device)
@@ -1604,7 +1636,8 @@ def main(argv=None):
             data.replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
             results.append(metrics)
             if args.figures:
-                draw(run, dataset, oracles, args.figures, where[1], args.seed)
+                options = dataset, oracles, args.figures, where[1], args.seed
+                pages[metrics["folder"]] = draw(run, *options)
         except (ValueError, OSError) as error:
             print(f"{p.prog}: {error}", file=sys.stderr)
             failed = True
@@ -1612,6 +1645,7 @@ def main(argv=None):
         print(table(results, args.paper))
     try:
         if results and args.figures:
+            draw_models(results, pages, args.figures)
             curves(results, args.figures, args.against.replace("-", "_"))
             ranked = {Path(r["folder"]).name: r for r in results if "ranks" in r}
             if ranked:

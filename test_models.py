@@ -2569,6 +2569,16 @@ def test_grids_have_a_column_per_digit(name, tmp_path):
     assert Image.open(tmp_path / "generation.png").size[0] > 600
 
 
+def test_models_stand_below_the_same_input():
+    right = evaluation.generations(Perfect(SHAPES), toy())
+    wrong = evaluation.generations(Perfect(SHAPES, lambda m, digit: 9 - digit), toy())
+    rows = evaluation.side_by_side({"A": right, "B": wrong})
+    labels = ["mnist", "svhn, A", "svhn, B", "svhn", "mnist, A", "mnist, B"]
+    assert [label for label, _ in rows] == labels
+    assert torch.equal(rows[1][1], right[2][1]) and torch.equal(rows[2][1], wrong[2][1])
+    assert not torch.equal(rows[1][1], rows[2][1])
+
+
 def test_joint_samples_stand_beside_what_the_oracles_read(tmp_path):
     second = Perfect(SHAPES, lambda m, digit: digit if m == 0 else torch.full_like(digit, 3))
     rows, read = evaluation.joint_samples(second, toy(), READERS, columns=20, lines=2)
