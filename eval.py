@@ -856,6 +856,7 @@ class Run(NamedTuple):
     folder: Path
     args: dict  # args.json
     epoch: int  # how far it was trained
+    minutes: float  # how long that took, where it was trained
     model: nn.Module
 
 
@@ -888,7 +889,8 @@ def load_run(folder, device="cpu"):
         cls = getattr(importlib.import_module(args["script"]), args["model"])
         model = cls(nets.modalities(**args["spec"]), args["latent_dim"], **args["options"])
         model.load_state_dict(saved["model"])
-        return Run(folder, args, int(saved["epoch"]), model.to(device).eval())
+        minutes = sum(row["seconds"] for row in saved["log"]) / 60
+        return Run(folder, args, int(saved["epoch"]), minutes, model.to(device).eval())
     except Exception as error:  # whatever a damaged file or a changed class leads to
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder} cannot be loaded: {reason}") from None
@@ -1050,7 +1052,7 @@ def paper_row(run, titles):
         if (dataset, model) == (run["dataset"], name) and same and run["paired"] in series:
             cells.setdefault(column, series[run["paired"]].replace(".", "0.", 1))
     shown = [cells.get(t, "") for t in titles]
-    head = [f"{name}, paper", f"{run['paired']:g}", "", "", ""]
+    head = [f"{name}, paper", f"{run['paired']:g}", "", "", "", ""]
     return head + shown if any(shown) else []
 
 
@@ -1071,13 +1073,14 @@ def table(results, paper=False):
         chosen = [r for r in results if r["data"] == name]
         groups = grouped(chosen)
         titles = list(dict.fromkeys(t for r in chosen for t in columns(r)))
-        head = ["model", "paired", "unpaired", "epochs", "seeds", *titles]
+        head = ["model", "paired", "unpaired", "epochs", "seeds", "minutes", *titles]
         lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         for model, group in zip(row_names(groups), groups):
             run, cells = group[0]["run"], [columns(r) for r in group]
             epoch, epochs = group[0]["epoch"], str(run["epochs"])
             epochs = epochs if epoch == run["epochs"] else f"{epoch} of {epochs}"
-            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, len(group)]
+            minutes = f"{np.mean([r['minutes'] for r in group]):.1f}"
+            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, len(group), minutes]
             row += [number([c.get(t, math.nan) for c in cells]) for t in titles]
             lines.append("| " + " | ".join(map(str, row)) + " |")
             if paper and (row := paper_row(run, titles)):
@@ -1628,6 +1631,7 @@ def main(argv=None):
                 "run": run.args,
                 "folder": str(run.folder),
                 "epoch": run.epoch,
+                "minutes": run.minutes,
                 "samples": args.samples,
                 "examples": examples,
                 "pseudo": grey_bernoulli(run.model, dataset),

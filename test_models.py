@@ -1537,9 +1537,8 @@ def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):
     x = dataset.train.bases[0]
     assert evaluation.nearest_photos(x[[2, 0]] + 1e-3, x).tolist() == [2, 0]
     pytest.importorskip("matplotlib")
-    run = evaluation.Run(
-        tmp_path, dict(model="MEME", dataset="cub", paired=1), 0, Faithful(dataset)
-    )
+    args = dict(model="MEME", dataset="cub", paired=1)
+    run = evaluation.Run(tmp_path, args, 0, 0.0, Faithful(dataset))
     evaluation.draw_cub(run, dataset, tmp_path / "cub.png", tmp_path, n=2)
     with Image.open(tmp_path / "cub.png") as figure:
         assert figure.size[0] > 800
@@ -1974,7 +1973,7 @@ def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_t
     pytest.importorskip("matplotlib")
     evaluation.top_k_figure({"known": found, "constant": constant}, tmp_path / "curve.png")
     args = dict(model="SVAE", dataset="spectra", paired=1)
-    run = evaluation.Run(tmp_path, args, 0, Lookup(bits).eval())
+    run = evaluation.Run(tmp_path, args, 0, 0.0, Lookup(bits).eval())
     evaluation.draw_spectra(run, dataset, tmp_path / "spectra.png", n=2)
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curve", "spectra"))
 
@@ -2386,7 +2385,13 @@ def result(model="MEME", seed=0, paired=1.0, share=0.5, **options):
     run = {"model": model, "dataset": "glyphs", "paired": paired, "unpaired": "split", "epochs": 5}
     run |= {"seed": seed, "out": f"somewhere/{seed}", "options": options, **options}
     metrics = {"cross_coherence": {"grey->colour": share}, "log_likelihood": {"grey": -123.44}}
-    extra = {"oracle": {"grey": 0.999}, "data": "glyphs", "run": run, "epoch": 5}
+    extra = {
+        "oracle": {"grey": 0.999},
+        "data": "glyphs",
+        "run": run,
+        "epoch": 5,
+        "minutes": 2 + seed,
+    }
     return metrics | extra | {"samples": 1000, "examples": 100, "pseudo": True}
 
 
@@ -2395,9 +2400,12 @@ def test_the_table_is_mean_and_std_over_the_seeds():
         [result(seed=0, share=0.5), result(seed=1, share=0.7), result("MVAE", share=0.1)]
     )
     lines = text.splitlines()
-    assert "| model | paired | unpaired | epochs | seeds | grey→colour | log p(grey) |" in lines
-    assert "| MEME | 1 | split | 5 | 2 | 0.600 ± 0.141 | -123.4 ± 0.0 |" in lines
-    assert "| MVAE | 1 | split | 5 | 1 | 0.100 | -123.4 |" in lines
+    assert (
+        "| model | paired | unpaired | epochs | seeds | minutes | grey→colour | log p(grey) |"
+        in lines
+    )
+    assert "| MEME | 1 | split | 5 | 2 | 2.5 | 0.600 ± 0.141 | -123.4 ± 0.0 |" in lines
+    assert "| MVAE | 1 | split | 5 | 1 | 2.0 | 0.100 | -123.4 |" in lines
     assert "grey 0.999" in text and "pseudo-likelihood" in text and "K = 1,000" in text
 
 
@@ -2412,8 +2420,8 @@ def test_missing_numbers_leave_a_dash():
     del bare["log_likelihood"]
     broken = result(paired=0.5, share=math.nan)
     lines = evaluation.table([result(), bare, broken]).splitlines()
-    assert "| MEME | 0.25 | split | 5 | 1 | 0.500 | – |" in lines
-    assert "| MEME | 0.5 | split | 5 | 1 | – | -123.4 |" in lines
+    assert "| MEME | 0.25 | split | 5 | 1 | 5.0 | 0.500 | – |" in lines
+    assert "| MEME | 0.5 | split | 5 | 1 | 2.0 | – | -123.4 |" in lines
     assert json.loads(json.dumps(evaluation.finite(broken), allow_nan=False))
 
 
@@ -2600,7 +2608,7 @@ def test_the_papers_rows_stand_under_ours():
     row = [
         line for line in evaluation.table([run], paper=True).splitlines() if "SVAE, paper" in line
     ]
-    assert row == ["| SVAE, paper | 1 |  |  |  |  | 0.872 | 0.816 | 0.948 |  |"]
+    assert row == ["| SVAE, paper | 1 |  |  |  |  |  | 0.872 | 0.816 | 0.948 |  |"]
     assert "paper" not in evaluation.table([run])
     run["run"]["limit"] = 256
     text = evaluation.table([run], paper=True)
@@ -2624,7 +2632,7 @@ def test_the_papers_rows_stand_under_ours():
 def test_the_papers_row_is_that_of_the_setting(setting, shown):
     run = result()["run"] | {"dataset": "mnist-svhn", "options": {}} | setting
     row = evaluation.paper_row(run, ["mnist→svhn", "latent mnist"])
-    assert " ".join(row[:2] + row[5:]) == shown
+    assert " ".join(row[:2] + row[6:]) == shown
 
 
 def test_a_curve_has_a_line_per_model_setting_and_fraction(tmp_path, monkeypatch):

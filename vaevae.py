@@ -10,7 +10,7 @@
 
 Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions.
 A missing modality is None.
-Run:    python vaevae.py   # 1-2 minutes on two CPU cores; eval.py: cross coherence .92 .94
+Run:    python vaevae.py   # 1-2 minutes on two CPU cores; eval.py: cross coherence .92 .92
 """
 
 import argparse
