@@ -78,9 +78,7 @@ class Dataset(NamedTuple):
     test: Split
     spec: dict  # the arguments of nets.modalities, plain enough for JSON
     names: tuple  # of the modalities
-    mask: torch.Tensor | None = (
-        None  # (N, M) booleans: what each training example shows, where the data say so
-    )
+    mask: torch.Tensor | None = None  # (N, M) booleans: what each training example shows
     words: list | None = None  # the vocabulary of captions
     note: str = ""  # what a reader of results must know, printed beside them
 
@@ -208,14 +206,17 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
 
 
 def observed(split, streams, n):
-    """Up to n training examples of each modality, from the streams that show it. -> list of M
-    tensors"""
+    """Up to n different training examples of each modality, spread over the streams that show it.
+    -> M tensors"""
     found = []
     for m in range(len(split.bases)):
         index = torch.cat(
             [index for shown, index in streams if shown[m]] or [torch.empty(0).long()]
         )
-        found.append(split.take(m, index.unique()[:n].to(split.rows[0].device)))
+        rows = split.rows[m].cpu()[index]
+        first = torch.from_numpy(np.unique(rows, return_index=True)[1])  # examples share images
+        at = torch.linspace(0, len(first) - 1, min(n, len(first))).long()
+        found.append(split.take(m, index[first[at]].to(split.rows[m].device)))
     return found
 
 
@@ -413,9 +414,7 @@ def read_npz(path, required=()):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({reason})") from None
-    except (
-        Exception
-    ) as error:  # zipfile.BadZipFile, EOFError, zlib.error, MemoryError of a forged header
+    except Exception as error:  # BadZipFile, EOFError, zlib.error, MemoryError of a forged header
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is damaged or no .npz ({reason})") from None
 

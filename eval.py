@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -276,7 +277,8 @@ def train_oracle(split, view, steps=1000, batch_size=128):
     oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
     optimizer = torch.optim.AdamW(oracle.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
-    for _ in range(steps):
+    start = time.monotonic()
+    for step in range(1, steps + 1):
         index = torch.randint(len(split), (batch_size,))
         x = F.pad(view(split[index]), (2, 2, 2, 2), mode="replicate")
         top, left = torch.randint(5, (2,)).tolist()
@@ -286,6 +288,7 @@ def train_oracle(split, view, steps=1000, batch_size=128):
         loss.backward()
         optimizer.step()
         schedule.step()
+        data.progress("oracle", step, 1, steps, start)
     oracle.eval()
     index = torch.randperm(len(split))[:10_000]
     with torch.no_grad():
@@ -606,9 +609,8 @@ def word_vectors(
         p = torch.sigmoid(h @ o.t())
         residual = n * (1 - p) - m * p  # (V, V)
         grad_h, grad_o = residual @ o, residual.t() @ h
-        e += transposed @ (
-            grad_h * most_h.clamp(max=rate)
-        )  # each unit takes the whole step, as FastText does
+        # each unit takes the whole step, as FastText does
+        e += transposed @ (grad_h * most_h.clamp(max=rate))
         o += grad_o * most_o.clamp(max=rate)
     return (share * (units @ e)).cpu().numpy()
 
@@ -717,9 +719,8 @@ def nearest_photos(features, photos):
 
 # ----------------------------------------------------------------------- spectra: ranking molecules
 
-CERTAIN = (
-    1e-4  # predicted probabilities stay this far from 0 and 1: one wrong bit costs at most 9.2 nats
-)
+# predicted probabilities stay this far from 0 and 1: one wrong bit costs at most 9.2 nats
+CERTAIN = 1e-4
 
 
 def bit_cross_entropy(probabilities, packed, block=2048):
@@ -938,9 +939,12 @@ def grouped(results):
     return list(groups.values())
 
 
-def row_names(groups, leave_out=""):
-    """The model of each group and the flags in which a model's groups differ: MEME kl=sample."""
-    shown = "paired unpaired epoch epochs spec options examples note".split() + [leave_out]
+def row_names(groups, shown=("paired", "unpaired", "epoch")):
+    """The model of each group and the flags in which a model's groups differ: MEME kl=sample.
+
+    shown: the flags that are told elsewhere, in columns of their own.
+    """
+    shown = {*shown, "epochs", "spec", "options", "examples", "note"}
     settings, names = [setting(group[0]) for group in groups], []
     for own in settings:
         rivals = [other for other in settings if other["model"] == own["model"]]
@@ -1031,7 +1035,8 @@ PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8,
 def paper_name(run):
     """What the papers call a run's model. None: they have no such model."""
     model, options = run["model"], run["options"]
-    if options.get("direction"):
+    others = ("variant", "a"), ("prior_expert", True), ("objective", "elbo"), ("kl", "sample")
+    if options.get("direction") or any(options.get(k) == value for k, value in others):
         return None
     if options.get("posterior") == "laplace":
         return f"{model}, Laplace"
@@ -1381,19 +1386,22 @@ def curves(results, folder, against="paired"):
         if len(ticks) < 2:
             continue
         lines = {}  # (model and flags, unpaired, f): {value of the flag: {title: numbers}}
-        for label, own, group in zip(row_names(groups, leave_out=against), settings, groups):
+        labels = row_names(groups, ("paired", "unpaired", against))
+        for label, own, group in zip(labels, settings, groups):
             if against in own:
                 cells = [columns(r) for r in group]
                 points = {t: [c.get(t, math.nan) for c in cells] for t in cells[0]}
                 f = None if against == "paired" else own["paired"]
                 lines.setdefault((label, own["unpaired"], f), {})[own[against]] = points
-        if against == "paired":  # a run on whole pairs alone is the end of every line of its model
-            ends = {label: line[1] for (label, *_), line in lines.items() if 1 in line}
-            for (label, *_), line in lines.items():
-                line |= {1: ends[label]} if label in ends else {}
-            whole = [key for key, line in lines.items() if len(line) == 1 and 1 in line]
+        if against == "paired":  # a run on whole pairs is the end of every line of its model but
+            same = [key for key in lines if key[1] != "all"]  # "all", which has single streams too
+            ends = {key[0]: lines[key][1] for key in same if 1 in lines[key]}
+            whole = [key for key in same if set(lines[key]) == {1}]
+            for key in same:
+                if key not in whole and key[0] in ends:
+                    lines[key].setdefault(1, ends[key[0]])
             for key in whole:  # drawn as the end of another line
-                if sum(other[0] == key[0] for other in lines) > 1:
+                if any(other[0] == key[0] for other in same if other not in whole):
                     del lines[key]
         titles = list(dict.fromkeys(t for line in lines.values() for p in line.values() for t in p))
         width = min(4, len(titles))
@@ -1554,7 +1562,8 @@ def draw_models(results, pages, folder):
         found = [r for r in results if r["run"]["dataset"] == name and pages.get(r["folder"])]
         most = max(r["run"]["paired"] for r in found)
         groups = grouped(r for r in found if r["run"]["paired"] == most)
-        rows = {label: pages[g[0]["folder"]] for label, g in zip(row_names(groups), groups)}
+        firsts = [min(group, key=lambda r: r["run"]["seed"])["folder"] for group in groups]
+        rows = dict(zip(row_names(groups, ["paired"]), (pages[folder] for folder in firsts)))
         if len(rows) > 1:
             heading = f"{name} · f = {most:g}"
             page(side_by_side(rows), heading, folder / f"{Path(name).stem}-models.png")
@@ -1590,6 +1599,13 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def at_least_1(text):
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 on")
+    return int(text)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(
         description="Evaluate runs: writes metrics.json into each, prints a table, draws figures.",
@@ -1599,7 +1615,7 @@ def main(argv=None):
     p.add_argument("--figures", metavar="DIR", type=Path, help="draw the figures into this folder")
     p.add_argument("--data", metavar="DIR", help="folder of the data sets, if not that of the run")
     p.add_argument("--seed", type=int, default=0, help="of the latent samples")
-    p.add_argument("--samples", type=int, default=1000, help="K of the likelihoods")
+    p.add_argument("--samples", type=at_least_1, default=1000, help="K of the likelihoods")
     p.add_argument("--full", action="store_true", help="likelihoods of all test examples, not 100")
     p.add_argument("--no-likelihoods", action="store_true", help="leave them out: they are slow")
     p.add_argument("--paper", action="store_true", help="the papers' numbers in the table, too")
@@ -1608,7 +1624,7 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     prepared, results, pages, failed = {}, [], {}, False
-    for folder in args.runs:
+    for folder in {Path(folder).resolve(): folder for folder in args.runs}.values():
         try:
             run = load_run(folder, args.device)
             where = run.args["dataset"], args.data or run.args["data"]
@@ -1618,7 +1634,7 @@ def main(argv=None):
             fits = [
                 run.args["spec"].get(k) == dataset.spec.get(k) for k in ("shapes", "vocabulary")
             ]
-            if not all(fits):
+            if not all(fits) or run.args.get("note", "") != dataset.note:
                 raise ValueError(f"{folder} was trained on other data than {where[0]} holds now")
             print(f"evaluating {folder} ...", file=sys.stderr)
             examples = len(dataset.test) if args.full else min(100, len(dataset.test))
@@ -1636,13 +1652,13 @@ def main(argv=None):
                 "examples": examples,
                 "pseudo": grey_bernoulli(run.model, dataset),
             }
+            results.append(metrics)
             text = json.dumps(finite(metrics), indent=1, ensure_ascii=False)
             data.replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
-            results.append(metrics)
             if args.figures:
                 options = dataset, oracles, args.figures, where[1], args.seed
                 pages[metrics["folder"]] = draw(run, *options)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last: of memory, of a Cholesky
             print(f"{p.prog}: {error}", file=sys.stderr)
             failed = True
     if results:

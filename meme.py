@@ -117,7 +117,7 @@ class MEME(nn.Module):
 
     def pseudo_prior(self, s=None):
         """The components of eq. (4)'s prior, p(z|u_i), for the u of all modalities but s.
-        -> mu, logvar, each (N, L), for M = 3 (2N, L)"""
+        -> mu, logvar, each (n N, L) for n such modalities"""
         others = [m for m in range(len(self.modalities)) if m != s]
         gaussians = [self.encoders[m](self.pseudo[m], running=True) for m in others]
         return [torch.cat(parameters) for parameters in zip(*gaussians)]
@@ -163,8 +163,8 @@ class MEME(nn.Module):
         return (precision * mu).sum(0, keepdim=True) / total, -total.log()  # (1, B, L)
 
     def marginal_bound(self, s, x, mu, logvar):
-        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples. -> (B,),
-        nats"""
+        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples.
+        -> (B,), nats"""
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         prior_mu, prior_logvar = self.pseudo_prior(s)
         log_p_z_u = log_normal(z[:, None], prior_mu, prior_logvar)  # (B, N)
@@ -214,8 +214,8 @@ class MEME(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
-        (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B.
+        -> (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior(seen[0] if len(seen) == 1 else None)
@@ -230,16 +230,7 @@ class MEME(nn.Module):
 
 # --------------------------------------------------------------- the loop, one text in five scripts
 
-FREE = {
-    "epochs",
-    "lr",
-    "device",
-    "amp",
-    "compile",
-    "data",
-    "out",
-    "resume",
-}  # may change on --resume
+FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
 
 
 def at_least(low):
@@ -320,7 +311,7 @@ def main(argv=None):
     flag("--epochs", type=at_least(1), help="passes over the data")
     flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--latent-dim", type=at_least(1), help="dimensions of z")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
@@ -335,12 +326,14 @@ def main(argv=None):
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of MEME").add_argument  # this script only
     flag("--samples", type=at_least(1), default=10, help="K, eq. (8)")  # this script only
-    flag("--kl", default="closed", choices=["closed", "sample"], help="form")  # this script only
+    form = dict(default="closed", choices=["closed", "sample"])  # this script only
+    flag("--kl", **form, help="in closed form, or eq. (6) as printed")  # this script only
     flag("--classifier-scale", type=float, default=10.0, help="c")  # this script only
     flag("--full-gradient", action="store_true", help="all of eq. (7)")  # this script only
     flag("--direction", metavar="NAME", help="only L(NAME -> t)")  # this script only
     flag("--pseudo-samples", type=at_least(1), default=128, help="N, eq. (4)")  # this script only
-    flag("--explicit", default="mixture", choices=["mixture", "product"])  # this script only
+    how = dict(default="mixture", choices=["mixture", "product"])  # this script only
+    flag("--explicit", **how, help="p(z|t) of several t, App. E")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 

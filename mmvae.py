@@ -144,8 +144,8 @@ class MMVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
-        (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B.
+        -> (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -160,16 +160,7 @@ class MMVAE(nn.Module):
 
 # --------------------------------------------------------------- the loop, one text in five scripts
 
-FREE = {
-    "epochs",
-    "lr",
-    "device",
-    "amp",
-    "compile",
-    "data",
-    "out",
-    "resume",
-}  # may change on --resume
+FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
 
 
 def at_least(low):
@@ -250,7 +241,7 @@ def main(argv=None):
     flag("--epochs", type=at_least(1), help="passes over the data")
     flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--latent-dim", type=at_least(1), help="dimensions of z")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
@@ -264,10 +255,12 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of MMVAE").add_argument  # this script only
-    flag("--objective", default="iwae", choices=["iwae", "elbo", "dreg"])  # this script only
+    bound = dict(default="iwae", choices=["iwae", "elbo", "dreg"])  # this script only
+    flag("--objective", **bound, help="which bound, or its DReG gradient")  # this script only
     flag("--samples", type=at_least(1), default=10, help="K")  # this script only
     flag("--tight", action="store_true", help="the mixture inside the log")  # this script only
-    flag("--posterior", default="normal", choices=["normal", "laplace"])  # this script only
+    family = dict(default="normal", choices=["normal", "laplace"])  # this script only
+    flag("--posterior", **family, help="of the experts and the prior")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 

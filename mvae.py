@@ -51,8 +51,8 @@ def kl_to_prior(mu, logvar):
 
 
 class MVAE(nn.Module):
-    """subsets: how many random subsets join the objective when M > 2; anneal: epochs until β is
-    1."""
+    """subsets: how many random subsets join the objective when M > 2;
+    anneal: epochs until β is 1."""
 
     def __init__(self, modalities, latent_dim, subsets=0, anneal=0):
         super().__init__()
@@ -106,8 +106,8 @@ class MVAE(nn.Module):
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
     def posterior(self, *xs):
-        """q(z|observed): the product of the observed experts and the prior. Batch (B,), event
-        (L,)."""
+        """q(z|observed): the product of the observed experts and the prior. Batch (B,),
+        event (L,)."""
         return normal(*self.product([expert for expert in self.encode(xs) if expert is not None]))
 
     def prior(self):
@@ -122,8 +122,8 @@ class MVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
-        (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B.
+        -> (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -138,16 +138,7 @@ class MVAE(nn.Module):
 
 # --------------------------------------------------------------- the loop, one text in five scripts
 
-FREE = {
-    "epochs",
-    "lr",
-    "device",
-    "amp",
-    "compile",
-    "data",
-    "out",
-    "resume",
-}  # may change on --resume
+FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
 
 
 def at_least(low):
@@ -228,7 +219,7 @@ def main(argv=None):
     flag("--epochs", type=at_least(1), help="passes over the data")
     flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--latent-dim", type=at_least(1), help="dimensions of z")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")

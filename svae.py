@@ -145,8 +145,8 @@ class SVAE(nn.Module):
                 )
 
     def posterior(self, *xs):
-        """q(z|observed); of two in three the equal mixture of eq. (35) and (36). Batch (B,), event
-        (L,)."""
+        """q(z|observed); of two in three the equal mixture of eq. (35) and (36). Batch (B,),
+        event (L,)."""
         seen = tuple(m for m, x in enumerate(xs) if x is not None)
         found = self.encode(xs)[seen]
         if len(found) == 1:
@@ -164,8 +164,8 @@ class SVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
-        (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B.
+        -> (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -180,16 +180,7 @@ class SVAE(nn.Module):
 
 # --------------------------------------------------------------- the loop, one text in five scripts
 
-FREE = {
-    "epochs",
-    "lr",
-    "device",
-    "amp",
-    "compile",
-    "data",
-    "out",
-    "resume",
-}  # may change on --resume
+FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
 
 
 def at_least(low):
@@ -270,7 +261,7 @@ def main(argv=None):
     flag("--epochs", type=at_least(1), help="passes over the data")
     flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--latent-dim", type=at_least(1), help="dimensions of z")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
@@ -284,7 +275,8 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of SVAE").add_argument  # this script only
-    flag("--objective", default="svae", choices=["svae", "vaevae"], help="L")  # this script only
+    terms = dict(default="svae", choices=["svae", "vaevae"])  # this script only
+    flag("--objective", **terms, help="svae: L(x_m) on pairs, too")  # this script only
     flag("--prior-expert", action="store_true", help="N(0, I) in the products")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)

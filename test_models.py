@@ -424,6 +424,16 @@ def test_meme_starts_its_pseudo_samples_at_observed_examples():
     assert (model.pseudo[1] == 5).all()
 
 
+def test_meme_starts_its_pseudo_samples_at_different_images_though_examples_share_them():
+    photos = torch.arange(20.0)[:, None]
+    split = data.Split([photos, photos], [torch.arange(200) // 10, torch.arange(200) % 20], None)
+    first, second = data.observed(split, [((True, True), torch.arange(100, 200))], 5)
+    assert first.flatten().tolist() == [10, 12, 14, 16, 19]
+    assert len(second.unique()) == 5
+    few, none = data.observed(split, [((True, False), torch.arange(15))], 5)
+    assert few.flatten().tolist() == [0, 1] and len(none) == 0
+
+
 def test_meme_trains_one_direction_alone():
     model, xs = linear_model("meme", direction="x0"), pair(4)
     torch.manual_seed(1)
@@ -2649,6 +2659,16 @@ def test_a_curve_has_a_line_per_model_setting_and_fraction(tmp_path, monkeypatch
     found = lines(fractions)
     assert found["MEME split"] == (evaluation.COLOURS["MEME"], (0.25, 1), (0.135, 0.51))
     assert found["MVAE split"][0] == evaluation.COLOURS["MVAE"] and len(found) == 2
+    runs = [(1.0, 0.9, "all", 5), (0.5, 0.8, "all", 5), (0.5, 0.1, "all", 1), (1.0, 0.7, "none", 5)]
+    runs += [(0.5, 0.6, "none", 5), (0.5, 0.2, "split", 5)]
+    unlike = [
+        result("SVAE", 0, f, share, unpaired=u, epochs=e) | {"epoch": e} for f, share, u, e in runs
+    ]
+    found = lines(unlike)
+    assert found["SVAE epoch=5 all"][1:] == ((0.5, 1), (0.8, 0.9))
+    assert found["SVAE epoch=1 all"][1:] == ((0.5,), (0.1,))
+    assert found["SVAE epoch=5 none"][1:] == ((0.5, 1), (0.6, 0.7))
+    assert found["SVAE epoch=5 split"][1:] == ((0.5, 1), (0.2, 0.7))  # the end is that of none
     pseudo = [result(paired=f, share=f / n, pseudo_samples=n) for f in (0.25, 0.5) for n in (1, 10)]
     found = lines(pseudo, against="pseudo_samples")
     assert found["MEME split f = 0.25"][1:] == ((1, 10), (0.25, 0.025))

@@ -1,5 +1,4 @@
-"""VAEVAE: a network for every subset of the modalities (Wu & Goodman, 2019; in Kutuzova et al.,
-2021).
+"""VAEVAE: a network for every subset of modalities (Wu & Goodman, 2019; Kutuzova et al., 2021).
 
     p(x_1..M, z)  = p(z) Π_m p(x_m|z),  p(z) = N(0, I)                     generative model
     q(z|x_1, x_2), q(z|x_1), q(z|x_2)                                      networks: variant (b)
@@ -158,8 +157,8 @@ class VAEVAE(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, *xs, samples=1000, given=None):
         """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B. ->
-        (B,)"""
+        sampling from the posterior of all; without weights. Memory grows with samples x B.
+        -> (B,)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if given is None:
             q, p = self.posterior(*xs), self.prior()
@@ -174,16 +173,7 @@ class VAEVAE(nn.Module):
 
 # --------------------------------------------------------------- the loop, one text in five scripts
 
-FREE = {
-    "epochs",
-    "lr",
-    "device",
-    "amp",
-    "compile",
-    "data",
-    "out",
-    "resume",
-}  # may change on --resume
+FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
 
 
 def at_least(low):
@@ -264,7 +254,7 @@ def main(argv=None):
     flag("--epochs", type=at_least(1), help="passes over the data")
     flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
     flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="L")
+    flag("--latent-dim", type=at_least(1), help="dimensions of z")
     flag("--likelihoods", help="one per modality, as in laplace,laplace")
     flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
     flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
@@ -278,8 +268,9 @@ def main(argv=None):
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     flag = p.add_argument_group("options of VAEVAE").add_argument  # this script only
-    flag("--objective", default="vaevae", choices=["vaevae", "svae"], help="L")  # this script only
-    flag("--variant", default="b", choices=["a", "b"], help="joint q(z|x)")  # this script only
+    terms = dict(default="vaevae", choices=["vaevae", "svae"])  # this script only
+    flag("--objective", **terms, help="svae: L(x_m) on pairs, too")  # this script only
+    flag("--variant", default="b", choices=["a", "b"], help="q(z|x_1..M)")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 
