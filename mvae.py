@@ -56,6 +56,9 @@ class MVAE(nn.Module):
 
     def __init__(self, modalities, latent_dim, subsets=0, anneal=0):
         super().__init__()
+        between = 2 ** len(modalities) - len(modalities) - 2  # one modality and all of them
+        if subsets > between:
+            raise ValueError(f"--subsets {subsets}: {len(modalities)} modalities have {between}")
         self.modalities, self.latent_dim = modalities, latent_dim
         self.subsets, self.anneal = subsets, anneal
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q_m(z|x_m)

@@ -184,6 +184,15 @@ def test_mvae_elbo_of_the_exact_posterior_is_the_evidence():
         assert bound == pytest.approx(evidence(model, part)[0].item(), abs=error + 1e-4)
 
 
+def test_mvae_has_no_more_subsets_than_there_are():
+    xs = pair(4, (3, 2, 4))
+    loss = linear_model("mvae", (3, 2, 4), subsets=3)([(1.0, xs)])
+    assert loss.item() > linear_model("mvae", (3, 2, 4))([(1.0, xs)]).item()  # three bounds more
+    for sizes in ((3, 2), (3, 2, 4)):
+        with pytest.raises(ValueError, match="--subsets 4"):
+            linear_model("mvae", sizes, subsets=4)
+
+
 def test_mvae_still_trains_an_expert_that_is_flat():
     model, xs = linear_model("mvae"), pair(100)
     for encode in model.encoders:
