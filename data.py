@@ -1454,7 +1454,8 @@ def whole_spectra(arrays, part):
         return True
 
     def within(index, end):
-        return index.ndim == 1 and index.dtype.kind == "i" and ((index >= 0) & (index < end)).all()
+        whole = index.ndim == 1 and index.dtype.kind == "i" and index.dtype.isnative
+        return whole and ((index >= 0) & (index < end)).all()
 
     def cut(offsets, n):  # n rows, one after the other
         rising = within(offsets, n + 1) and (np.diff(offsets) >= 0).all()
@@ -1462,7 +1463,8 @@ def whole_spectra(arrays, part):
 
     offsets, columns, values = (arrays[f"{part}_{k}"] for k in ("offsets", "columns", "values"))
     n, good = len(offsets) - 1, cut(offsets, len(columns)) and within(columns, BINS)
-    good = good and values.shape == columns.shape and ((values >= 0) & (values <= 1)).all()
+    good = good and values.dtype == np.float32 and values.shape == columns.shape
+    good = good and ((values >= 0) & (values <= 1)).all()
     if part != "challenge":
         bits, rows = arrays[f"{part}_bits"], arrays[f"{part}_rows"]
         good = good and len(rows) == n and within(rows, len(bits))

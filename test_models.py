@@ -3063,6 +3063,7 @@ def test_a_terminated_run_says_so_and_goes_on_to_the_same_bits(arrays, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(number, arrays, tmp_path, capsys, monkeypatch):
     flags = ["--dataset", arrays, "--batch-size", 8, "--out", tmp_path / "run"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has none
     train("mvae", *flags[:-1], tmp_path / "whole", "--epochs", 3)
     drawn, count = data.batches, []
 
@@ -3075,6 +3076,7 @@ def test_a_stopped_run_says_how_to_go_on(number, arrays, tmp_path, capsys, monke
 
     monkeypatch.setattr(data, "batches", struck)
     refused("mvae", *flags, "--epochs", 3, code=130)
+    signal.signal(signal.SIGINT, before)
     assert "stopped in epoch 2; add --resume" in capsys.readouterr().err
     train("mvae", *flags, "--epochs", 3, "--resume")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
