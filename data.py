@@ -647,8 +647,8 @@ def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
     """
     cub, made = Path(root) / "cub", prepared(root, "cub", "features.npz")
     need_captions(cub)  # first of all: they are what cannot be had without the user
-    if made.exists():
-        cache = read_features(made)
+    cache = read_features(made) if made.exists() else None
+    if cache:
         need_same(cache, weights, normalise, made)
     else:
         net = resnet(weights)
@@ -656,7 +656,7 @@ def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
     train, test = list_photos(cub, "train"), list_photos(cub, "test")
     for split, files in (("train", train), ("test", test)):
         read_captions(cub, split, files)  # ten for each, before hours of work
-    if made.exists():
+    if cache:
         if cache["files"].tolist() != train + test:
             raise ValueError(
                 f"{made} has features of other photos ({len(cache['files'])}) than {cub} holds now"
