@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -412,11 +413,24 @@ def read_npz(path, required=()):
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({reason})") from None
+        what = "cannot be read as an .npz of plain arrays"
+        raise ValueError(f"{path} {what} ({one_line(error)})") from None
     except Exception as error:  # BadZipFile, EOFError, zlib.error, MemoryError of a forged header
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is damaged or no .npz ({reason})") from None
+        raise ValueError(f"{path} is damaged or no .npz ({one_line(error)})") from None
+
+
+def one_line(error):
+    """What an error says, on one line, at most 300 characters of it."""
+    return " ".join(str(error).split())[:300]
+
+
+def read_checkpoint(path, device="cpu"):
+    """What torch.save has written: tensors and numbers, no code is run. ValueError when a sum is
+    wrong, which torch.load does not check; its errors and zipfile's for what is no checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError(f"{path.name} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def prepared(root, *parts):
@@ -866,8 +880,9 @@ def unpack(archive, folder, holds, ending):
             if not (folder / holds).is_dir():  # it is, where another process was faster
                 raise
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{archive} cannot be unpacked ({reason}): is it whole?") from None
+        raise ValueError(
+            f"{archive} cannot be unpacked ({one_line(error)}): is it whole?"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -23,7 +23,6 @@ import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -311,9 +310,7 @@ def load_oracle(dataset, name, root, steps=1000):
         for tensor in (*split.bases, *split.rows, split.labels):
             digest.update(tensor.cpu().contiguous().numpy())
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load sums nothing up
-            raise ValueError
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = data.read_checkpoint(path, device)
         if saved["digest"] == digest.hexdigest():
             oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
             oracle.load_state_dict(saved["oracle"])
@@ -364,16 +361,20 @@ def singles(names):
     return {name: shown for name, shown in subsets(names).items() if sum(shown) == 1}
 
 
+def readings(means, dataset, oracles):
+    """What the oracle of every view reads in the decoded modalities. -> (views, B)"""
+    return torch.stack([oracles[n](view(means)).argmax(-1) for n, view in views(dataset).items()])
+
+
 @torch.no_grad()
 def generated_digits(model, dataset, oracles, shown):
     """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read.
     -> {view: (N,)}"""
-    read = {name: [] for name in oracles}
+    read = []
     for index in torch.arange(len(dataset.test)).split(500):
         means = model.decode(model.posterior(*data.show(dataset.test, shown, index)).sample())
-        for name, view in views(dataset).items():
-            read[name].append(oracles[name](view(means)).argmax(-1))
-    return {name: torch.cat(parts) for name, parts in read.items()}
+        read.append(readings(means, dataset, oracles))
+    return dict(zip(views(dataset), torch.cat(read, 1)))
 
 
 def split_accuracy(model, dataset, oracles):
@@ -408,8 +409,7 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
     agreed = []
     for part in torch.arange(samples).split(500):
         means = model.decode(model.prior().sample((len(part),)))
-        read = [oracles[n](view(means)).argmax(-1) for n, view in views(dataset).items()]
-        read = torch.stack(read)  # (M, B)
+        read = readings(means, dataset, oracles)
         agreed.append(read[0][(read == read[0]).all(0)])
     agreed = torch.cat(agreed)
     frequency = agreed.bincount().double() / max(1, len(agreed))
@@ -621,10 +621,10 @@ def cached_word_vectors(root, captions, words, device="cpu"):
     digest = hashlib.sha256(captions.tobytes() + "\n".join(words).encode()).hexdigest()
     path = data.prepared(root, "cub", "words.npz")
     try:
-        with np.load(path, allow_pickle=False) as cache:
-            if str(cache["digest"]) == digest and cache["vectors"].shape == (len(words), 300):
-                return cache["vectors"]
-    except Exception:  # missing, damaged, another format: trained again
+        cache = data.read_npz(path, ("digest", "vectors"))
+        if str(cache["digest"]) == digest and cache["vectors"].shape == (len(words), 300):
+            return cache["vectors"]
+    except ValueError:  # missing, damaged, another format: trained again
         pass
     vectors = word_vectors(captions, words, device=device)
     try:
@@ -884,9 +884,7 @@ def load_run(folder, device="cpu"):
     try:
         if args["script"] not in SCRIPTS:  # nothing else is imported
             raise ValueError(f"there is no script {args['script']!r}")
-        if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # torch.load sums nothing up
-            raise ValueError("checkpoint.pt is damaged")
-        saved = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+        saved = data.read_checkpoint(folder / "checkpoint.pt", device)
         cls = getattr(importlib.import_module(args["script"]), args["model"])
         model = cls(nets.modalities(**args["spec"]), args["latent_dim"], **args["options"])
         model.load_state_dict(saved["model"])
@@ -1240,8 +1238,8 @@ def joint_samples(model, dataset, oracles, columns=10, lines=5):
         means = model.decode(model.prior().sample((columns,)))
         rows += [(name, view(means)) for name, view in views(dataset).items()]
         if oracles:
-            digits = [oracles[n](view(means)).argmax(-1) for n, view in views(dataset).items()]
-            agree = (torch.stack(digits) == digits[0]).all(0)
+            digits = readings(means, dataset, oracles)
+            agree = (digits == digits[0]).all(0)
             read += [(digit, agree) for digit in digits]
     return rows, read or None
 

@@ -22,7 +22,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -297,9 +296,7 @@ def main(argv=None):
                 **{k: saved[k] for k in vars(args).keys() & saved.keys() - {"device", "out"}}
             )
             if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
-                if zipfile.ZipFile(run / "checkpoint.pt").testzip():  # torch.load sums nothing up
-                    raise ValueError("checkpoint.pt is damaged")
-                state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+                state = data.read_checkpoint(run / "checkpoint.pt")
                 if set(state) != {"model", "optimizer", "epoch", "log"}:
                     raise ValueError("checkpoint.pt is not from a run")
         except Exception as error:  # missing, cut short, never a run, or with code in it
