@@ -5,8 +5,10 @@ against grids and torch.distributions, estimators against their expectation, loo
 themselves, killed and resumed.
 """
 
+import argparse
 import ast
 import contextlib
+import csv
 import difflib
 import errno
 import gzip
@@ -3925,6 +3927,18 @@ def readme_commands():
     text = (HERE / "README.md").read_text()
     for line in re.findall(r"^    (?:pip .* && )?(?:python|torchrun \S+ \d+) (.*)", text, re.M):
         script, *flags = line.split()
+        if script.removesuffix(".py") in SCRIPTS and "results/" not in line:
+            yield script.removesuffix(".py"), flags
+
+
+def result_commands():
+    """Those that train the runs in results/, as a shell expands them."""
+    section = (HERE / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    blocks = "".join(re.findall(r"^    .*\n", section, re.M))
+    shell = ["bash", "-euc", 'python() { echo "$@"; }\n' + blocks]
+    expanded = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    for line in expanded.splitlines():
+        script, *flags = line.split()
         if script.removesuffix(".py") in SCRIPTS:
             yield script.removesuffix(".py"), flags
 
@@ -3945,6 +3959,52 @@ def test_readme_says_how_to_make_every_table_and_figure():
     assert named == {("MEME", "Table", n) for n in range(2, 8)} | {
         ("MEME", "Fig.", n) for n in range(3, 23)
     } | {("PoE", "Table", 1)} | {("PoE", "Fig.", n) for n in range(3, 12)}
+
+
+def test_every_result_has_its_commands_in_readme_and_its_whole_log(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, argv):
+        parsed = vars(parse(parser, argv))
+        if argv:
+            raise Parsed(parsed)
+        return argparse.Namespace(**parsed)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    asked = {}
+    for script, flags in result_commands():
+        with pytest.raises(Parsed) as found:
+            SCRIPTS[script].main(flags)
+        new = found.value.args[0]
+        out, resumed = new["out"], new["resume"]
+        assert resumed == (out in asked)
+        free = SCRIPTS[script].FREE if resumed else new  # the flags that --resume may change
+        asked[out] = asked.get(out, {"script": script}) | {k: new[k] for k in free}
+    assert asked.keys() == {f"results/{folder.name}" for folder in (HERE / "results").iterdir()}
+    for out, flags in asked.items():
+        args, metrics = (
+            json.loads((HERE / out / f"{name}.json").read_text()) for name in ("args", "metrics")
+        )
+        for key in flags.keys() - {"device", "resume"}:  # a run may have been stopped
+            assert args[key] == flags[key], f"{out}: {key}"
+        rows = list(csv.DictReader((HERE / out / "log.csv").open()))
+        assert [int(row["epoch"]) for row in rows] == [*range(1, args["epochs"] + 1)]
+        assert metrics["run"] == args and metrics["epoch"] == args["epochs"]
+        minutes = sum(float(row["seconds"]) for row in rows) / 60
+        assert metrics["minutes"] == pytest.approx(minutes)
+
+
+def test_the_tables_of_results_in_readme_are_what_eval_prints_of_their_metrics():
+    text, folders = (HERE / "README.md").read_text(), sorted((HERE / "results").iterdir())
+    for group in sorted({folder.name.split("-")[0] for folder in folders}):
+        runs = [folder for folder in folders if folder.name.split("-")[0] == group]
+        results = [json.loads((run / "metrics.json").read_text()) for run in runs]
+        printed = evaluation.table(results, paper=True).splitlines()
+        table = "\n".join(line for line in printed if line.startswith("|"))
+        assert table in text, f"README has another table for results/{group}-*"
 
 
 def run_briefly(commands, root):
