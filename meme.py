@@ -8,8 +8,9 @@
     L(s)        = E_q(z|s)[ log p(s|z) - log q(z|s) + log 1/N Σ_i p(z|u_i) ]              Eq. (4)
 
 The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i are learnable inputs
-that stand in for a missing t. Shapes: B examples, K samples, L latent dimensions, N pseudo-samples.
-A missing modality is None.
+that stand in for a missing t. Log p(t), a constant, is left out. The defaults are no bound: a KL in
+closed form, outside w, and c = 10 on log q(t|s); the reasons stand beside them.
+Shapes: B examples, K samples, L latent dimensions, N pseudo-samples. A missing modality is None.
 Run:    python meme.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .99 .98
 """
 
@@ -66,8 +67,9 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 
 class MEME(nn.Module):
-    """kl: "closed" or "sample", the form of the bound; classifier_scale: c, on log q(t|s);
-    direction: the modality s of the one direction to train, instead of all;
+    """samples: K; kl: "closed", outside w, or "sample", as in eq. (6); classifier_scale: c, on
+    log q(t|s); full_gradient: also through w (with "sample" all of eq. (7)); direction: the
+    modality s, shown by every example, of the one direction to train, instead of all;
     pseudo_samples: N; explicit: "mixture" or "product" of encoders, as p(z|t) when t is several
     modalities (App. E)."""
 
@@ -89,12 +91,15 @@ class MEME(nn.Module):
             raise ValueError(f"--direction is one of {', '.join(names)}, not {direction!r}")
         if not math.isfinite(classifier_scale):
             raise ValueError(f"--classifier-scale is a finite number, not {classifier_scale}")
+        if explicit == "product" and len(modalities) == 2:
+            raise ValueError("--explicit product is for three modalities or more: of two, t is one")
         self.modalities, self.latent_dim, self.samples = modalities, latent_dim, samples
         self.kl, self.explicit = kl, explicit
         self.classifier_scale, self.full_gradient = classifier_scale, full_gradient
         self.start = None if direction is None else names.index(direction)
-        self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q, p(z|x_m)
-        self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)  # p, q(x_m|z)
+        # each is two things: q(z|x_m) and p(z|x_m); p(x_m|z) and q(x_m|z)
+        self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)
+        self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)
         self.pseudo = nn.ParameterList()  # u_1..N of each modality, of x's shape; words as logits
         for m, decode in zip(modalities, self.decoders):
             u = torch.rand(pseudo_samples, *decode(torch.zeros(1, latent_dim)).shape[1:])
@@ -104,7 +109,8 @@ class MEME(nn.Module):
 
     @torch.no_grad()
     def start_pseudo(self, examples):
-        """Copy observed examples, one tensor per modality, over the first pseudo-samples."""
+        """Copy observed examples, one tensor per modality, over the first pseudo-samples; a word
+        becomes logits, 8 for itself."""
         for m, u, x in zip(self.modalities, self.pseudo, examples):
             if m.likelihood == "categorical":
                 x = 8 * F.one_hot(x, u.shape[-1]).float()
@@ -143,8 +149,9 @@ class MEME(nn.Module):
         log_p_s = self.log_p(s, z[0], xs[s])  # (B,)
         log_q_t = sum(self.log_p(m, z, xs[m]) for m in t)  # (K, B)
         log_q_t_given_s, w = self.weigh(log_q_t)
+        # c = 10: with 1, w detached, the expected gradient of s -> t reconstruction is zero
         prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
-        if self.kl == "closed" and len(prior_mu) == 1:
+        if self.kl == "closed" and len(prior_mu) == 1:  # outside w, whose mean is 1: less noise
             kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
             return w * (log_p_s - log_q_t[0]) - kl + self.classifier_scale * log_q_t_given_s
         log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0) - math.log(len(prior_mu))
@@ -202,8 +209,8 @@ class MEME(nn.Module):
         return mixture(*(torch.stack(parameters, 1) for parameters in zip(*seen)))
 
     def prior(self, s=None):
-        """p(z): the mixture over all pseudo-samples, our choice; eq. (4)'s prior of modality s
-        alone."""
+        """p(z): the mixture over all pseudo-samples, our choice; with s: eq. (4)'s prior of
+        examples that show s alone."""
         return mixture(*self.pseudo_prior(s))
 
     def decode(self, z):
@@ -328,7 +335,7 @@ def main(argv=None):
     form = dict(default="closed", choices=["closed", "sample"])  # this script only
     flag("--kl", **form, help="in closed form, or eq. (6) as printed")  # this script only
     flag("--classifier-scale", type=float, default=10.0, help="c")  # this script only
-    flag("--full-gradient", action="store_true", help="all of eq. (7)")  # this script only
+    flag("--full-gradient", action="store_true", help="through w, too")  # this script only
     flag("--direction", metavar="NAME", help="only L(NAME -> t)")  # this script only
     flag("--pseudo-samples", type=at_least(1), default=128, help="N, eq. (4)")  # this script only
     how = dict(default="mixture", choices=["mixture", "product"])  # this script only

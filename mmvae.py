@@ -40,12 +40,12 @@ DEFAULTS = {
     "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
     "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
 }
-DEFAULTS["mnist-svhn"] |= dict(weights=f"{3072 / 784},1")  # as many nats for MNIST as for SVHN
+DEFAULTS["mnist-svhn"] |= dict(weights=f"{3072 / 784},1")  # as if MNIST had as many values as SVHN
 
 
 class MMVAE(nn.Module):
     """objective: "iwae", "elbo" or "dreg"; samples: K; tight: the mean over experts inside the log;
-    posterior: "normal" or "laplace", of which logvar is 2 log b and the prior is one, too."""
+    posterior: "normal" or "laplace", the prior too (logvar is then 2 log b)."""
 
     def __init__(
         self,
@@ -57,6 +57,8 @@ class MMVAE(nn.Module):
         posterior="normal",
     ):
         super().__init__()
+        if tight and objective == "elbo":
+            raise ValueError("--tight is for iwae and dreg: the elbo has no mean inside a log")
         self.modalities, self.latent_dim = modalities, latent_dim
         self.estimator, self.samples, self.tight = objective, samples, tight
         self.family = {"normal": Normal, "laplace": Laplace}[posterior]
@@ -94,9 +96,9 @@ class MMVAE(nn.Module):
         mu, logvar = self.encode(xs)
         eps = self.noise(mu)  # (R, K, B, L)
         z = mu[:, None] + torch.exp(0.5 * logvar[:, None]) * eps
-        over = (0, 1) if self.tight else (1,)
         if self.estimator == "elbo":
             return self.log_weights(xs, z, mu, logvar).mean()
+        over = (0, 1) if self.tight else (1,)
         if self.estimator == "dreg":  # the encoders learn through z alone
             mu, logvar = mu.detach(), logvar.detach()
         log_w = self.log_weights(xs, z, mu, logvar)  # (R, K, B)
@@ -257,7 +259,7 @@ def main(argv=None):
     bound = dict(default="iwae", choices=["iwae", "elbo", "dreg"])  # this script only
     flag("--objective", **bound, help="which bound, or its DReG gradient")  # this script only
     flag("--samples", type=at_least(1), default=10, help="K")  # this script only
-    flag("--tight", action="store_true", help="the mixture inside the log")  # this script only
+    flag("--tight", action="store_true", help="one log, of all experts")  # this script only
     family = dict(default="normal", choices=["normal", "laplace"])  # this script only
     flag("--posterior", **family, help="of the experts and the prior")  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))

@@ -5,6 +5,7 @@
     ELBO(X)      = E_q(z|X)[ Σ_m log p(x_m|z) ] - β KL(q(z|X) || p(z))
     L(X)         = ELBO(X) + Σ_m ELBO(x_m) + ELBO of random subsets        what is maximised
 
+β is 1 or rises to it (--anneal); of three modalities or more, --subsets random ones join.
 Shapes: B examples, L latent dimensions. A missing modality is None.
 Run:    python mvae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .84 .88
 """
@@ -55,7 +56,7 @@ class MVAE(nn.Module):
 
     def __init__(self, modalities, latent_dim, subsets=0, anneal=0):
         super().__init__()
-        between = 2 ** len(modalities) - len(modalities) - 2  # one modality and all of them
+        between = 2 ** len(modalities) - len(modalities) - 2  # neither none, one nor all of them
         if subsets > between:
             raise ValueError(f"--subsets {subsets}: {len(modalities)} modalities have {between}")
         self.modalities, self.latent_dim = modalities, latent_dim
@@ -97,7 +98,7 @@ class MVAE(nn.Module):
         """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
         experts = self.encode(xs)
         seen = [m for m, x in enumerate(xs) if x is not None]
-        terms = [seen] if len(seen) == 1 else [seen, *([m] for m in seen)]
+        terms = [seen] if len(seen) == 1 else [seen, *([m] for m in seen)]  # of one, both are one
         for _ in range(self.subsets if len(seen) > 2 else 0):
             size = int(torch.randint(2, len(seen), ()))
             terms.append([seen[k] for k in torch.randperm(len(seen))[:size]])

@@ -7,8 +7,8 @@
                     - Σ_m KL(q(z|x_1, x_2) || q(z|x_m)) + L(x_1) + L(x_2)                 Eq. (19)
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
-Three modalities: eq. (33)-(38). Shapes: B examples, L latent dimensions.
-A missing modality is None.
+In eq. (19) q(z|x_m) stands for p(z|x_m), as set below eq. (28). Three modalities: eq. (29)-(38).
+Shapes: B examples, L latent dimensions. A missing modality is None.
 Run:    python svae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .92 .93
 """
 
@@ -110,7 +110,7 @@ class SVAE(nn.Module):
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(subset) == 1:
             priors = [(self.zero, self.zero)]  # Eq. (20), (21), (31)
-        elif len(subset) == len(xs):  # Eq. (19); eq. (29) for M = 3
+        elif len(subset) == len(xs):  # Eq. (19), its joint part; eq. (29) for M = 3
             smaller = itertools.combinations(subset, len(subset) - 1)
             priors = [gaussian for s in smaller for gaussian in q[s]]
         else:  # Eq. (30), for the observed x_k
@@ -127,20 +127,21 @@ class SVAE(nn.Module):
         q = self.encode(xs)
         seen = sum(x is not None for x in xs)
         terms = [s for s in q if self.marginals or len(s) > 1 or seen == 1]
-        return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (22); eq. (32)
+        return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
 
     def forward(self, streams):
-        """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
+        """The loss of each stream (weight, xs): -weight * objective; in sum eq. (22). -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
     def refuse_untrained(self, masks):
-        """Without marginal bounds of whole examples, each q(z|x_m) needs a stream of x_m alone."""
+        """Without marginal bounds of pairs only a stream of x_m alone draws q(z|x_m) to p(z)."""
         for k, modality in enumerate(self.modalities):
             alone = any(mask[k] and sum(mask) == 1 for mask in masks)
             if not self.marginals and not alone:
                 raise ValueError(
-                    f"--objective vaevae trains q(z|{modality.name}) on {modality.name} alone, and "
-                    "no stream shows that: use --objective svae or, without a train_mask, --unpaired all"
+                    f"--objective vaevae draws q(z|{modality.name}) to p(z) by {modality.name} "
+                    "alone, and no stream shows that: use --objective svae or, without a train_mask, "
+                    "--unpaired all"
                 )
 
     def posterior(self, *xs):

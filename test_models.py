@@ -195,6 +195,13 @@ def test_mvae_has_no_more_subsets_than_there_are():
             linear_model("mvae", sizes, subsets=4)
 
 
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="--explicit product"):
+        linear_model("meme", explicit="product")
+    with pytest.raises(ValueError, match="--tight"):
+        linear_model("mmvae", objective="elbo", tight=True)
+
+
 def test_mvae_still_trains_an_expert_that_is_flat():
     model, xs = linear_model("mvae"), pair(100)
     for encode in model.encoders:
@@ -477,6 +484,11 @@ def test_products_are_those_of_a_grid_and_of_the_published_vectors():
         (svae.product, [], (-0.923, 0.0981)),
         (vaevae.product, [], (-0.923, 0.0981)),
         (linear_model("mvae").product, [(0.0, 1.0)], (-0.914, 0.0976)),
+        (
+            linear_model("meme", (3, 2, 4), explicit="product").conditional_prior,
+            [],
+            (-0.923, 0.0981),
+        ),
     ]:
         mu, logvar = product(as_parameters(experts))
         found = mu.item(), (0.5 * logvar).exp().item()

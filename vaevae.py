@@ -7,8 +7,8 @@
                     - Σ_m KL(q(z|x_1, x_2) || q(z|x_m))                    Eq. (19), its first part
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
-Three modalities: eq. (29)-(32). Shapes: B examples, L latent dimensions.
-A missing modality is None.
+In eq. (19) q(z|x_m) stands for p(z|x_m), as set below eq. (28). Three modalities: eq. (29)-(32).
+Shapes: B examples, L latent dimensions. A missing modality is None.
 Run:    python vaevae.py   # 1-2 minutes on two CPU cores; eval.py: cross coherence .92 .92
 """
 
@@ -101,7 +101,7 @@ class VAEVAE(nn.Module):
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(subset) == 1:
             priors = [(self.zero, self.zero)]  # Eq. (20), (21), (31)
-        elif len(subset) == len(xs):  # Eq. (19); eq. (29) for M = 3
+        elif len(subset) == len(xs):  # Eq. (19), its joint part; eq. (29) for M = 3
             smaller = itertools.combinations(subset, len(subset) - 1)
             priors = [gaussian for s in smaller for gaussian in q[s]]
         else:  # Eq. (30), for the observed x_k
@@ -118,20 +118,21 @@ class VAEVAE(nn.Module):
         q = self.encode(xs)
         seen = sum(x is not None for x in xs)
         terms = [s for s in q if self.marginals or len(s) > 1 or seen == 1]
-        return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (22); eq. (32)
+        return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
 
     def forward(self, streams):
-        """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
+        """The loss of each stream (weight, xs): -weight * objective; in sum eq. (22). -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
     def refuse_untrained(self, masks):
-        """Without marginal bounds of whole examples, each q(z|x_m) needs a stream of x_m alone."""
+        """Without marginal bounds of pairs only a stream of x_m alone draws q(z|x_m) to p(z)."""
         for k, modality in enumerate(self.modalities):
             alone = any(mask[k] and sum(mask) == 1 for mask in masks)
             if not self.marginals and not alone:
                 raise ValueError(
-                    f"--objective vaevae trains q(z|{modality.name}) on {modality.name} alone, and "
-                    "no stream shows that: use --objective svae or, without a train_mask, --unpaired all"
+                    f"--objective vaevae draws q(z|{modality.name}) to p(z) by {modality.name} "
+                    "alone, and no stream shows that: use --objective svae or, without a train_mask, "
+                    "--unpaired all"
                 )
         names = [m.name for m in self.modalities]
         for size in range(2, len(names) + 1) if self.variant == "b" else ():
@@ -269,7 +270,8 @@ def main(argv=None):
     flag = p.add_argument_group("options of VAEVAE").add_argument  # this script only
     terms = dict(default="vaevae", choices=["vaevae", "svae"])  # this script only
     flag("--objective", **terms, help="svae: L(x_m) on pairs, too")  # this script only
-    flag("--variant", default="b", choices=["a", "b"], help="q(z|x_1..M)")  # this script only
+    joint = "q(z|x_1..M): a product, or a network per subset"  # this script only
+    flag("--variant", default="b", choices=["a", "b"], help=joint)  # this script only
     p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
     args = p.parse_args(argv)
 
