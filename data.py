@@ -6,7 +6,7 @@ preview.
     for step in batches(dataset.train, streams, batch_size=128):
         for weight, xs in step: ...                # xs: one tensor per modality, None where it is hidden
 
-What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (seed 0, whatever --seed
+What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (whatever --seed
 says); which examples are paired depends on `pairing`'s seed alone; the order of the batches on
 their generator. Images are float32 in [0, 1], captions int64 word indices, spectra and bits float32
 in [0, 1].
@@ -109,16 +109,15 @@ def load(name, root="./data", limit=None):
 
 
 def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
-    """Who shows what in training: a list of streams (mask, index), a pure function of its
+    """Who shows what in training: a list of streams (shown, index), a pure function of its
     arguments.
 
-    mask: M booleans, index: the examples (LongTensor). round(paired * n) random examples are shown
+    shown: M booleans, index: the examples (LongTensor). round(paired * n) random examples are shown
     whole; the rest as `unpaired` says: split (one modality each, equal shares: [meme] SPLIT), a
     modality's name (only that one), all (one stream per modality over all n, as [poe]'s code), rest
     (the same over the rest, as its text), none. With `mask` (n, M), the streams are its patterns.
     ValueError for what cannot be done.
     """
-    generator = torch.Generator().manual_seed(seed)
     if mask is not None:
         return patterns(mask)
     if not 0 < paired <= 1:
@@ -127,7 +126,7 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
         raise ValueError(
             f"--unpaired is split, all, rest, none or one of {', '.join(names)}, not {unpaired!r}"
         )
-    order = torch.randperm(n, generator=generator)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     count = round(paired * n)
     if count == 0:
         raise ValueError(f"--paired {paired:g} of {n} examples leaves none paired: raise it")
@@ -207,7 +206,7 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
 
 
 def observed(split, streams, n):
-    """Up to n different training examples of each modality, spread over the streams that show it.
+    """Up to n different examples of each modality among the streams that show it, spread over its rows.
     -> M tensors"""
     found = []
     for m in range(len(split.bases)):
@@ -442,6 +441,22 @@ def prepared(root, *parts):
     return path if path.exists() or writable else Path("data", *parts)
 
 
+def refuse_values(dataset, modalities):
+    """ValueError where a Bernoulli likelihood is asked for values outside [0, 1]."""
+    for k, (m, base) in enumerate(zip(modalities, dataset.train.bases)):
+        if (
+            m.likelihood == "bernoulli"
+            and isinstance(base, torch.Tensor)
+            and base.dtype.is_floating_point
+        ):
+            seen = base if dataset.mask is None else base[: len(dataset.mask)][dataset.mask[:, k]]
+            if len(seen) and not (seen.min() >= 0 and seen.max() <= 1):
+                raise ValueError(
+                    f"bernoulli takes values in [0, 1], {m.name} has others: choose another of "
+                    "--likelihoods, or scale them"
+                )
+
+
 def replace(path, write):
     """write(file) beside its place, then rename, so that a reader finds a whole file or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -540,8 +555,8 @@ def load_npz(path):
                 raise ValueError(f"{path} has train_{name} but no {key}")
             shown = mask[:, k].numpy() if part == "train" and mask is not None else slice(None)
             base, kind = own_array(path, key, arrays[key], shown, kinds.get(name))
-            kinds.setdefault(name, (kind, base.shape[1:]))
-            if (kind, base.shape[1:]) != kinds[name] or not len(base):
+            found = kind, base.dtype, base.shape[1:]
+            if found != kinds.setdefault(name, found) or not len(base):
                 raise ValueError(f"{path}: {key} {tuple(base.shape)} does not fit the other arrays")
             bases.append(base)
         labels = arrays.get(f"{part}_labels")
@@ -552,9 +567,10 @@ def load_npz(path):
                 bases, labels=None if labels is None else torch.from_numpy(labels.astype(np.int64))
             )
         )
-    shapes = {name: list(kinds[name][1]) for name in names}
+    shapes = {name: list(kinds[name][2]) for name in names}
     spec = {"name": "npz", "shapes": shapes, "likelihoods": [kinds[name][0] for name in names]}
-    return Dataset(str(path), *splits, spec, names, mask)
+    note = "" if mask is None else f"train_mask hides {1 - mask.double().mean():.0%} of the arrays"
+    return Dataset(str(path), *splits, spec, names, mask, note)
 
 
 def own_array(path, key, array, shown, decided):
@@ -574,10 +590,12 @@ def own_array(path, key, array, shown, decided):
         array = array[:, None]  # grey images
     if array.ndim == 4 and min(array.shape[2:]) < 8:
         raise ValueError(
-            f"{path}: {key} has images smaller than 8 x 8; flatten them to (examples, features)"
+            f"{path}: {key} has images smaller than 8 x 8: (examples, C, H, W) is the order; or "
+            "flatten them to (examples, features)"
         )
     binary = np.isin(array[shown], (0, 1)).all() if decided is None else decided[0] == "bernoulli"
-    if array.dtype == np.uint8 and array.max(initial=0) > 1:
+    large = array.max(initial=0) > 1 if decided is None else decided[1] == torch.uint8
+    if array.dtype == np.uint8 and large:
         return torch.from_numpy(array), "bernoulli"
     if binary and np.isin(array[shown], (0, 1)).all():
         return torch.from_numpy(array.astype(bool)), "bernoulli"
@@ -905,7 +923,7 @@ def resnet(weights):
     else:
         try:
             net = models.resnet101(weights=choices[weights])
-        except (OSError, RuntimeError, HTTPException) as error:
+        except Exception as error:  # no network, or a file cut short
             raise ValueError(
                 f"the ImageNet weights cannot be had ({getattr(error, 'reason', error)}): put"
                 f" {choices[weights].url} into {Path(torch.hub.get_dir()) / 'checkpoints'} by hand,"
@@ -1552,8 +1570,10 @@ def preview(dataset, path, n=10):
     for x in dataset.train[torch.arange(min(n, len(dataset.train)))]:
         if x.ndim == 4 and x.shape[1] in (1, 3):
             x = x.expand(-1, 3, -1, -1)
-            rows.append(F.pad(x, (0, 32 - x.shape[3], 0, 32 - x.shape[2]), value=0.5))
+            rows.append(x)
     if rows:
+        height, width = (max(x.shape[d] for x in rows) for d in (2, 3))
+        rows = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=0.5) for x in rows]
         save_image(make_grid(torch.cat(rows), nrow=len(rows[0])), path)
     return bool(rows)
 
@@ -1567,7 +1587,9 @@ def main(argv=None):
     p.add_argument("--data", default="./data", help="folder of the data sets")
     cub = p.add_argument_group("cub")
     cub.add_argument("--weights", default="IMAGENET1K_V1", help="of ResNet-101, or none: random")
-    cub.add_argument("--no-normalise", action="store_true", help="photos as [peers] used them")
+    cub.add_argument(
+        "--no-normalise", action="store_true", help="photos as they are, as MMVAE's code takes them"
+    )
     spectra = p.add_argument_group("spectra")
     spectra.add_argument("--msp", help="spectra; MassBank's release is downloaded without it")
     spectra.add_argument("--instrument", default="LC-ESI-QFT", help="Instrument_type to keep")
@@ -1584,6 +1606,8 @@ def main(argv=None):
             challenges = args.mgf, args.candidates, args.truth
             prepare_spectra(args.data, args.msp, args.instrument, *challenges)
         dataset = load(args.dataset, args.data)
+        path = f"preview-{Path(args.dataset).stem}.png"
+        drawn = preview(dataset, path)
     except (ValueError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except KeyboardInterrupt:
@@ -1594,8 +1618,7 @@ def main(argv=None):
     print(f"{len(dataset.train):,} examples to train, {len(dataset.test):,} to test")
     if dataset.note:
         print(f"note: {dataset.note}")
-    path = f"preview-{Path(args.dataset).stem}.png"
-    if preview(dataset, path):
+    if drawn:
         print(f"preview: {path}")
 
 

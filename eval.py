@@ -42,7 +42,7 @@ class CCA(NamedTuple):
     mean_y: np.ndarray  # (Dy,)
     wx: np.ndarray  # (Dx, k)
     wy: np.ndarray  # (Dy, k)
-    correlations: np.ndarray  # (k,) of the projections, in the data of the fit, falling
+    correlations: np.ndarray  # (k,) S below: of the fit's projections if there is no ridge, falling
 
 
 def cca(x, y, k=40, ridge=1e-3, whiten=True):
@@ -52,9 +52,9 @@ def cca(x, y, k=40, ridge=1e-3, whiten=True):
         Cxx^-½ Cxy Cyy^-½ = U S V',   wx = Cxx^-½ U,   wy = Cyy^-½ V,   correlations S
 
     ridge, times the mean variance, is added to the diagonals of Cxx and Cyy. whiten=True: every
-    projection has variance 1. False: every joint vector [wx; wy] has length 1, as numerical solvers
-    of the equivalent eigenproblem return it and the published code takes it; its k components then
-    do not count alike in eq. (12).
+    projection has variance 1, up to the ridge. False: every joint vector [wx; wy] has length 1, as
+    numerical solvers of the equivalent eigenproblem return it and the published code takes it; its
+    k components then do not count alike in eq. (12).
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     mean_x, mean_y = x.mean(0), y.mean(0)
@@ -89,7 +89,7 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
         argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,    biases not penalised
 
     z (n, L), y (n,) integers below `classes` -> W (L + 1, C), at which no entry of the gradient
-    exceeds `tolerance`.
+    exceeds `tolerance`, or after 100 steps, or where rounding ends the descent.
     """
     z = np.hstack([z, np.ones((len(z), 1))])
     n, d = z.shape
@@ -1083,7 +1083,8 @@ def table(results, paper=False):
             epoch, epochs = group[0]["epoch"], str(run["epochs"])
             epochs = epochs if epoch == run["epochs"] else f"{epoch} of {epochs}"
             minutes = f"{np.mean([r['minutes'] for r in group]):.1f}"
-            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, len(group), minutes]
+            seeds = len({r["run"]["seed"] for r in group})
+            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, seeds, minutes]
             row += [number([c.get(t, math.nan) for c in cells]) for t in titles]
             lines.append("| " + " | ".join(map(str, row)) + " |")
             if paper and (row := paper_row(run, titles)):
@@ -1099,10 +1100,10 @@ def notes(results):
     if oracle := results[0].get("oracle"):
         accuracy = ", ".join(f"{view} {share:.3f}" for view, share in oracle.items())
         lines.append(f"Test accuracy of the oracles: {accuracy}.")
-    limits = sorted({r["run"].get("limit") for r in results} - {None})
-    if limits:
-        few = " or ".join(f"{n:,}" for n in limits)
-        lines.append(f"Trained on the first {few} examples only (--limit).")
+    limited = [r for r in results if r["run"].get("limit")]
+    for limit in sorted({r["run"]["limit"] for r in limited}):
+        folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)
+        lines.append(f"Trained on the first {limit:,} examples only (--limit): {folders}.")
     for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
         lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
     if "ranks" in results[0]:
@@ -1268,7 +1269,7 @@ def relatedness(run, dataset, path):
     if dataset.test.labels is not None:
         labels = dataset.test.labels[index].cpu().numpy()
     same, classes = labels[:, None] == labels, np.unique(labels)
-    panels = 3 if len(classes) <= 20 else 1
+    panels = 3 if 1 < len(classes) <= 20 else 1
     size = (4.5 * panels, 3.8)
     figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     for pairs, label, colour in ((~same, "unrelated", UNPAIRED), (same, "related", PAIRED)):
@@ -1378,13 +1379,15 @@ def curves(results, folder, against="paired"):
     for name in dict.fromkeys(r["run"]["dataset"] for r in results):
         groups = grouped(r for r in results if r["run"]["dataset"] == name)
         settings = [setting(group[0]) for group in groups]
-        ticks = {s[against] for s in settings if s.get(against) is not None}
-        if not all(isinstance(tick, int | float) for tick in ticks):
-            raise ValueError(f"--against {against}: its values are no numbers")
+        values = [s[against] for s in settings if s.get(against) is not None]
+        if not values or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"--against {against}: no flag of these runs with numbers as values")
+        ticks = set(values)
         if len(ticks) < 2:
             continue
         lines = {}  # (model and flags, unpaired, f): {value of the flag: {title: numbers}}
-        labels = row_names(groups, ("paired", "unpaired", against))
+        told = ("paired", "unpaired", "epoch" if against == "epochs" else against)
+        labels = row_names(groups, told)
         for label, own, group in zip(labels, settings, groups):
             if against in own:
                 cells = [columns(r) for r in group]
@@ -1532,7 +1535,8 @@ def draw(run, dataset, oracles, folder, root, seed=0):
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
         heading = f"{title(run)} · samples of p(z)"
-        if run.args["model"] == "MEME" and run.args["paired"] == 1:
+        pairs = run.args["paired"] == 1 and run.args["unpaired"] != "all" and dataset.mask is None
+        if run.args["model"] == "MEME" and pairs:
             heading += "\n(of pseudo-samples, which whole pairs do not train)"
         page(joint, heading, folder / f"{name}-joint.png", read)
     if dataset.test.labels is not None:
@@ -1597,7 +1601,7 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def at_least_1(text):
+def count(text):
     """An argparse type."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 on")
@@ -1613,13 +1617,16 @@ def main(argv=None):
     p.add_argument("--figures", metavar="DIR", type=Path, help="draw the figures into this folder")
     p.add_argument("--data", metavar="DIR", help="folder of the data sets, if not that of the run")
     p.add_argument("--seed", type=int, default=0, help="of the latent samples")
-    p.add_argument("--samples", type=at_least_1, default=1000, help="K of the likelihoods")
+    p.add_argument("--samples", type=count, default=1000, help="K of the likelihoods")
     p.add_argument("--full", action="store_true", help="likelihoods of all test examples, not 100")
     p.add_argument("--no-likelihoods", action="store_true", help="leave them out: they are slow")
     p.add_argument("--paper", action="store_true", help="the papers' numbers in the table, too")
     p.add_argument("--against", default="paired", help="the flag on the curves' x-axis")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", default=usual, choices=["cuda", "cpu"])
     args = p.parse_args(argv)
+    if args.device == "cuda" and usual == "cpu":
+        p.error("this PyTorch finds no CUDA device: use --device cpu")
 
     prepared, results, pages, failed = {}, [], {}, False
     for folder in {Path(folder).resolve(): folder for folder in args.runs}.values():
@@ -1656,7 +1663,9 @@ def main(argv=None):
             if args.figures:
                 options = dataset, oracles, args.figures, where[1], args.seed
                 pages[metrics["folder"]] = draw(run, *options)
-        except (ValueError, OSError, RuntimeError) as error:  # the last: of memory, of a Cholesky
+        except KeyboardInterrupt:
+            p.exit(130, f"\n{p.prog}: stopped; metrics.json of the runs before is written\n")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of a Cholesky, say
             print(f"{p.prog}: {error}", file=sys.stderr)
             failed = True
     if results:

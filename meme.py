@@ -284,7 +284,8 @@ def save(run, model, optimizer, epoch, log):
 
 @torch.no_grad()
 def nats(model, xs):
-    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers"""
+    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers.
+    FloatingPointError when the weights, or the objective of 16 examples, are not finite."""
     model.eval()
     few = [None if x is None else x[:16] for x in xs]
     finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
@@ -388,6 +389,7 @@ def main(argv=None):
             spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
         torch.manual_seed(args.seed)
         model = MEME(nets.modalities(**spec), args.latent_dim, **options)  # this script only
+        data.refuse_values(dataset, model.modalities)
         model.refuse_untrained([shown for shown, _ in streams])  # this script only
     except (ValueError, OSError) as error:
         p.error(str(error))
@@ -416,33 +418,40 @@ def main(argv=None):
                 f"{run} has {key} {saved.get(key)}, not {record[key]}, which --resume cannot change"
             )
 
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    train, net = dataset.train.to(args.device), model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    if not state:  # this script only
-        model.start_pseudo(data.observed(train, streams, args.pseudo_samples))  # this script only
-    if state:
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # of other sizes or another model
-            reason = " ".join(str(error).split("\n\t")[:2])[:300]  # the first of what differs
-            p.error(f"{run / 'checkpoint.pt'} does not fit this model: {reason}")
-        optimizer.param_groups[0]["lr"] = args.lr
     start, log = state.get("epoch", 0), state.get("log", [])
-    if world > 1:  # a stream of one modality leaves the other decoders unused
-        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-    if args.compile:
-        net = torch.compile(net)
-
-    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
-    fullest, index = streams[0]
-    sample = data.show(train, fullest, index[:256].to(args.device))  # for the nats of each epoch
-    epoch, began = start, time.perf_counter()
+    if start > args.epochs:
+        p.error(f"{run} has {start} epochs already, more than --epochs {args.epochs}")
+    epoch = start
     try:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        train, net = dataset.train.to(args.device), model.to(args.device)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+        if not state:  # this script only
+            examples = data.observed(train, streams, args.pseudo_samples)  # this script only
+            model.start_pseudo(examples)  # this script only
+        if state:
+            try:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+            except Exception as error:  # of other sizes or another model
+                reason = " ".join(str(error).split("\n\t")[:2])[:300]  # the first of what differs
+                p.error(f"{run / 'checkpoint.pt'} does not fit this model: {reason}")
+            optimizer.param_groups[0]["lr"] = args.lr
+        if world > 1:  # a stream of one modality leaves the other decoders unused
+            net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        if args.compile:
+            net = torch.compile(net)
+
+        sizes, steps = data.shares(streams, args.batch_size, args.sampling)
+        fullest, index = streams[0]
+        sample = data.show(
+            train, fullest, index[:256].to(args.device)
+        )  # for the nats of each epoch
+
+        began = time.perf_counter()
         if rank == 0:
             run.mkdir(parents=True, exist_ok=True)
             write(run / "args.json", json.dumps(record, indent=1).encode())
@@ -504,9 +513,13 @@ def main(argv=None):
             2, f"\n{run}: epoch {epoch}: {error}; epoch {epoch - 1} is kept: --resume --lr less\n"
         )
     except RuntimeError as error:
-        if "allocate" not in str(error):
+        if "allocate" in str(error):
+            why = f"not enough memory for a step in epoch {epoch}: smaller --batch-size"
+        elif args.compile:
+            why = f"with --compile: {data.one_line(error)}; go on without: --resume --no-compile"
+        else:
             raise
-        p.exit(2, f"\n{run}: not enough memory for a step in epoch {epoch}: smaller --batch-size\n")
+        p.exit(2, f"\n{run}: {why}\n")
     except OSError as error:
         p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
     except KeyboardInterrupt:

@@ -330,9 +330,11 @@ def modalities(name, shapes=None, vocabulary=None, width=1.0, likelihoods=None, 
             for m, kind in zip(found, match(likelihoods, found, "likelihoods"))
         ]
     if weights is not None:
-        found = [
-            m._replace(weight=float(w)) for m, w in zip(found, match(weights, found, "weights"))
-        ]
+        weights = match(weights, found, "weights")
+        try:
+            found = [m._replace(weight=float(w)) for m, w in zip(found, weights)]
+        except ValueError:
+            raise ValueError(f"likelihood weights must be numbers, not {weights}") from None
         if min(m.weight for m in found) < 0 or not all(math.isfinite(m.weight) for m in found):
             raise ValueError(f"likelihood weights must be finite and not negative, not {weights}")
     return found

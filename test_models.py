@@ -195,6 +195,32 @@ def test_mvae_has_no_more_subsets_than_there_are():
             linear_model("mvae", sizes, subsets=4)
 
 
+def test_bytes_stay_bytes_and_bits_bits_from_training_to_test(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 8, 8), np.uint8)
+    dark = np.zeros((6, 1, 8, 8), np.uint8)
+    dark[0, 0, 0, 0] = 1
+    arrays = dict(train_0=images, test_0=dark, train_1=dark, test_1=dark)
+    np.savez(tmp_path / "a.npz", **arrays)
+    test = data.load(tmp_path / "a.npz").test
+    assert test.take(0, 0).max() == 1 / 255 and test.take(1, 0).max() == 1
+    np.savez(tmp_path / "a.npz", **arrays | {"test_1": images})
+    with pytest.raises(ValueError, match="test_1"):
+        data.load(tmp_path / "a.npz")
+
+
+def test_bernoulli_is_refused_for_values_that_it_cannot_have():
+    split = data.Split([torch.rand(4, 3), 5 * torch.rand(4, 2) + 1])
+    shapes = {"0": [3], "1": [2]}
+    toy = data.Dataset("toy", split, split, {"name": "npz", "shapes": shapes}, ("0", "1"))
+    modalities = nets.modalities("npz", shapes=shapes, likelihoods=["bernoulli", "laplace"])
+    data.refuse_values(toy, modalities)
+    modalities = nets.modalities("npz", shapes=shapes, likelihoods=["laplace", "bernoulli"])
+    with pytest.raises(ValueError, match="values in .0, 1., 1 has others"):
+        data.refuse_values(toy, modalities)
+    hidden = torch.tensor([[True, False]] * 4)  # what a mask hides may be anything
+    data.refuse_values(toy._replace(mask=hidden), modalities)
+
+
 def test_options_that_would_do_nothing_are_refused():
     with pytest.raises(ValueError, match="--explicit product"):
         linear_model("meme", explicit="product")
@@ -866,6 +892,7 @@ def test_likelihoods_and_weights_can_be_chosen_and_are_checked():
         dict(likelihoods=["laplace"]),
         dict(likelihoods=["x", "x"]),
         dict(weights=["-1", "1"]),
+        dict(weights=["a", "1"]),
     ):
         with pytest.raises(ValueError):
             nets.modalities("glyphs", **options)
@@ -2643,9 +2670,9 @@ def test_the_papers_rows_stand_under_ours():
     ]
     assert row == ["| SVAE, paper | 1 |  |  |  |  |  | 0.872 | 0.816 | 0.948 |  |"]
     assert "paper" not in evaluation.table([run])
-    run["run"]["limit"] = 256
+    run |= {"run": run["run"] | {"limit": 256}, "folder": "runs/few"}
     text = evaluation.table([run], paper=True)
-    assert "SVAE, paper (other data)" in text and "first 256 examples only" in text
+    assert "SVAE, paper (other data)" in text and "first 256 examples only (--limit): few." in text
 
 
 @pytest.mark.parametrize(
@@ -2696,6 +2723,11 @@ def test_a_curve_has_a_line_per_model_setting_and_fraction(tmp_path, monkeypatch
     found = lines(pseudo, against="pseudo_samples")
     assert found["MEME split f = 0.25"][1:] == ((1, 10), (0.25, 0.025))
     assert found["MEME split f = 0.5"][1:] == ((1, 10), (0.5, 0.05))
+    epochs = [result(share=0.1 * n, epochs=n) | {"epoch": n} for n in (1, 2)]
+    assert lines(epochs, against="epochs")["MEME split f = 1"][1:] == ((1, 2), (0.1, 0.2))
+    for flag in ("spec", "nothing", "unpaired"):
+        with pytest.raises(ValueError, match=f"--against {flag}"):
+            lines(pseudo, against=flag)
     plt.close("all")
 
 
@@ -2760,6 +2792,8 @@ def test_a_resumed_run_ends_with_the_same_bits(script, arrays, tmp_path):
     train(script, *flags, "--epochs", 3, "--out", tmp_path / "b", "--resume")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[key], b[key]) for key in a)
+    refused(script, *flags, "--epochs", 2, "--out", tmp_path / "b", "--resume")  # it has three
+    assert json.loads((tmp_path / "b" / "args.json").read_text())["epochs"] == 3
     train(script, *flags, "--epochs", 3, "--out", tmp_path / "c", "--seed", 1)
     c = weights(tmp_path / "c")
     assert not all(torch.equal(a[key], c[key]) for key in a)
