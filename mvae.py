@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Independent, Normal
 
@@ -37,7 +38,6 @@ DEFAULTS = {
     "spectra": dict(epochs=140, batch_size=100, lr=1e-4, latent_dim=300),
     "npz": dict(epochs=100, batch_size=100, lr=1e-3, latent_dim=20),
 }
-MIN_PRECISION = 0.1  # of an expert; the prior's is 1
 
 
 def normal(mu, logvar):
@@ -48,6 +48,14 @@ def normal(mu, logvar):
 def kl_to_prior(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, I)), summed over L."""
     return 0.5 * (mu**2 + torch.exp(logvar) - logvar - 1).sum(-1)
+
+
+def expert(mu, logvar):
+    """A factor of a product. Beside others a flat one costs nothing and its precision gets no
+    gradient, so it would run away: hence the variance, exp(logvar) up to 1, is 1 + logvar above,
+    and the precision at least 0.1 (the prior's is 1). -> mu, logvar"""
+    precision = 1 / (1 + F.elu(logvar)) + 0.1
+    return mu, -precision.log()
 
 
 class MVAE(nn.Module):
@@ -71,10 +79,8 @@ class MVAE(nn.Module):
 
     def encode(self, xs):
         """The expert of each observed modality. -> M times mu, logvar, each (B, L)"""
-        experts = [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
-        # Beside the prior a flat expert costs nothing and gets no gradient: without a floor on the
-        # precision the experts run away to it in the first epoch, and stay there
-        return [e and (e[0], -(torch.exp(-e[1]) + MIN_PRECISION).log()) for e in experts]
+        pairs = zip(self.encoders, xs)
+        return [None if x is None else expert(*encode(x)) for encode, x in pairs]
 
     def product(self, experts):
         """Precisions add, the prior N(0, I) is one more expert, once. -> mu, logvar, each (B, L)"""

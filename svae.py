@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -61,10 +62,17 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
     return 0.5 * (prior_logvar - logvar + error - 1).sum(-1)
 
 
+def expert(mu, logvar):
+    """A factor of a product. Beside others a flat one costs nothing and its precision gets no
+    gradient, so it would run away: hence the variance, exp(logvar) up to 1, is 1 + logvar above,
+    and the precision at least 0.1 (the prior's is 1). -> mu, logvar"""
+    precision = 1 / (1 + F.elu(logvar)) + 0.1
+    return mu, -precision.log()
+
+
 def product(gaussians):
-    """The normalised product of Gaussians: precisions add. Nearly flat experts together keep a
-    finite variance: the precision is floored at 1e-4. -> mu, logvar"""
-    precision = sum(torch.exp(-logvar) for _, logvar in gaussians).clamp(min=1e-4)
+    """The normalised product of Gaussians: precisions add. -> mu, logvar"""
+    precision = sum(torch.exp(-logvar) for _, logvar in gaussians)
     mu = sum(mu * torch.exp(-logvar) for mu, logvar in gaussians) / precision
     return mu, -precision.log()
 
@@ -88,16 +96,16 @@ class SVAE(nn.Module):
         -> {subset: [(mu, logvar), ...]}"""
         every = range(len(xs))
         seen = [m for m in every if xs[m] is not None]
-        expert = {(i, j): self.encoders[i][j](xs[j]) for i in every for j in seen}
+        experts = {(i, j): expert(*self.encoders[i][j](xs[j])) for i in every for j in seen}
         prior = [(self.zero, self.zero)] if self.prior_expert else []
         q = {}
         for size in range(1, len(seen) + 1):
             for subset in itertools.combinations(seen, size):
-                own = [expert[m, m] for m in subset] + prior
+                own = [experts[m, m] for m in subset] + prior
                 missing = [m for m in every if m not in subset]
                 # who stands in for the missing: any one j of the observed. Eq. (4), (5); (35)-(37)
-                sets = [own + [expert[m, j] for m in missing] for j in subset] if missing else [own]
-                q[subset] = [product(experts) for experts in sets]
+                found = subset if missing else subset[:1]
+                q[subset] = [product(own + [experts[m, j] for m in missing]) for j in found]
         return q
 
     def log_p(self, m, z, x):

@@ -147,6 +147,13 @@ def exact(encode, decode, prior_share):
     encode.logvar.data = -precision.log()
 
 
+@pytest.fixture
+def experts_as_encoded(monkeypatch):
+    """Experts of any precision, without their floor: then posteriors can be exact, or flat."""
+    for script in (svae, mvae):
+        monkeypatch.setattr(script, "expert", lambda mu, logvar: (mu, logvar))
+
+
 def pair(n=1, sizes=(3, 2)):
     """One example of each modality, n times."""
     torch.manual_seed(5)
@@ -174,12 +181,11 @@ def test_mvae_elbo_lies_below_the_evidence(seen):
 
 
 @torch.no_grad()
-def test_mvae_elbo_of_the_exact_posterior_is_the_evidence():
+def test_mvae_elbo_of_the_exact_posterior_is_the_evidence(experts_as_encoded):
     model, xs = linear_model("mvae"), pair(20_000)
     orthogonal(model)
     for encode, decode in zip(model.encoders, model.decoders):
         exact(encode, decode, 0)  # the product has the prior, once
-        encode.logvar.data = -(torch.exp(-encode.logvar.data) - mvae.MIN_PRECISION).log()
     for seen in [(0,), (1,), (0, 1)]:
         part = [x if m in seen else None for m, x in enumerate(xs)]
         bound, error = mean_and_error(model.elbo(seen, part, model.encode(part)))
@@ -228,13 +234,20 @@ def test_options_that_would_do_nothing_are_refused():
         linear_model("mmvae", objective="elbo", tight=True)
 
 
-def test_mvae_still_trains_an_expert_that_is_flat():
-    model, xs = linear_model("mvae"), pair(100)
-    for encode in model.encoders:
-        encode.logvar.data.fill_(100.0)
-    assert model.encode(xs)[0][1].exp().max().item() == pytest.approx(1 / mvae.MIN_PRECISION)
+@pytest.mark.parametrize("script", [mvae, svae])
+def test_flat_experts_keep_a_gradient(script):
+    logvar = torch.tensor([-10.0, -1.0, 0.0, 5.0, 100.0, math.inf], requires_grad=True)
+    precision = torch.exp(-script.expert(logvar, logvar)[1])
+    known = torch.tensor([math.exp(10), math.e, 1, 1 / 6, 1 / 101, 0]) + 0.1
+    torch.testing.assert_close(precision, known, rtol=2e-3, atol=1e-6)  # variances to 6e-8
+    precision[:5].sum().backward()
+    assert (-logvar.grad[:5] > 0.9e-4).all()  # of exp(-logvar) it would be 4e-44 for the last
+
+    model, xs = linear_model(script.__name__), pair(100)
+    encode = model.encoders[0] if script is mvae else model.encoders[0][0]
+    encode.logvar.data.fill_(100.0)
     model.objective(*xs).backward()
-    assert model.encoders[0].mu.weight.grad.abs().max() > 0.01
+    assert encode.mu.weight.grad.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -258,7 +271,7 @@ def test_svae_conditional_term_lies_below_the_conditional_evidence():
 
 
 @torch.no_grad()
-def test_svae_of_exact_posteriors_is_twice_the_joint_evidence():
+def test_svae_of_exact_posteriors_is_twice_the_joint_evidence(experts_as_encoded):
     model, xs = linear_model("svae"), pair(20_000)
     orthogonal(model)
     for i, j in itertools.product(range(2), repeat=2):  # p(z) is shared out: half to each expert
@@ -537,11 +550,9 @@ def test_svae_products_with_the_prior_expert_have_it_once():
 
 
 def test_products_of_flat_experts_stay_finite():
-    flat = [(torch.zeros(1, L), torch.full((1, L), 80.0))] * 2
-    mu, logvar = svae.product(flat)
-    assert mu.isfinite().all() and logvar.exp().max() <= 1e4 * (1 + 1e-5)
-    infinite = [(torch.zeros(1, L), torch.full((1, L), math.inf))] * 2
-    assert svae.product(infinite)[1].isfinite().all()
+    for logvar in (80.0, math.inf):
+        mu, logvar = vaevae.product([(torch.zeros(1, L), torch.full((1, L), logvar))] * 2)
+        assert mu.isfinite().all() and logvar.exp().max() <= 1e4 * (1 + 1e-5)
 
 
 def test_divergences_and_densities_are_those_of_torch():
@@ -565,7 +576,7 @@ def test_divergences_and_densities_are_those_of_torch():
 
 
 @pytest.mark.parametrize("objective", ["svae", "vaevae"])
-def test_svae_with_flat_replacements_is_vaevae_a(objective):
+def test_svae_with_flat_replacements_is_vaevae_a(objective, experts_as_encoded):
     a, b = (
         linear_model("svae", objective=objective),
         linear_model("vaevae", objective=objective, variant="a"),
@@ -717,11 +728,7 @@ def test_svae_has_two_products_for_a_pair_of_three():
     assert {subset: len(found) for subset, found in q.items()} == {
         (0,): 1, (1,): 1, (2,): 1, (0, 1): 2, (0, 2): 2, (1, 2): 2, (0, 1, 2): 1,
     }  # fmt: skip
-    experts = [
-        model.encoders[0][0](xs[0]),
-        model.encoders[1][1](xs[1]),
-        model.encoders[2][1](xs[1]),
-    ]
+    experts = [svae.expert(*model.encoders[i][j](xs[j])) for i, j in [(0, 0), (1, 1), (2, 1)]]
     torch.testing.assert_close(q[0, 1][1], svae.product(experts))  # Eq. (36)
 
 
