@@ -537,8 +537,12 @@ def load_npz(path):
         array = arrays[key]
         if array.dtype.kind not in "buif" or not array.ndim:
             raise ValueError(f"{path}: {key} is to be numbers, one row per example")
-        if len(array) != len(arrays[f"{key.split('_')[0]}_0"]):
-            raise ValueError(f"{path}: {key} {array.shape} does not fit the other arrays")
+        first = f"{key.split('_')[0]}_0"
+        if len(array) != len(arrays[first]):
+            raise ValueError(
+                f"{path}: {key} {array.shape} does not have the {len(arrays[first]):,} examples "
+                f"of {first}"
+            )
     mask = None
     if "train_mask" in arrays:
         mask = torch.from_numpy(arrays["train_mask"].astype(bool))
@@ -570,7 +574,7 @@ def load_npz(path):
     shapes = {name: list(kinds[name][2]) for name in names}
     spec = {"name": "npz", "shapes": shapes, "likelihoods": [kinds[name][0] for name in names]}
     note = "" if mask is None else f"train_mask hides {1 - mask.double().mean():.0%} of the arrays"
-    return Dataset(str(path), *splits, spec, names, mask, note)
+    return Dataset(str(path), *splits, spec, names, mask, note=note)
 
 
 def own_array(path, key, array, shown, decided):

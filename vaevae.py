@@ -56,9 +56,8 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 
 def product(gaussians):
-    """The normalised product of Gaussians: precisions add. Nearly flat experts together keep a
-    finite variance: the precision is floored at 1e-4. -> mu, logvar"""
-    precision = sum(torch.exp(-logvar) for _, logvar in gaussians).clamp(min=1e-4)
+    """The normalised product of Gaussians: precisions add. -> mu, logvar"""
+    precision = sum(torch.exp(-logvar) for _, logvar in gaussians)
     mu = sum(mu * torch.exp(-logvar) for mu, logvar in gaussians) / precision
     return mu, -precision.log()
 
@@ -125,7 +124,7 @@ class VAEVAE(nn.Module):
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
     def refuse_untrained(self, masks):
-        """Without marginal bounds of pairs only a stream of x_m alone draws q(z|x_m) to p(z)."""
+        """Without L(x_m) on pairs only a stream of x_m alone draws q(z|x_m) to p(z)."""
         for k, modality in enumerate(self.modalities):
             alone = any(mask[k] and sum(mask) == 1 for mask in masks)
             if not self.marginals and not alone:
