@@ -102,8 +102,8 @@ class SVAE(nn.Module):
                 own = [experts[m, m] for m in subset] + prior
                 missing = [m for m in every if m not in subset]
                 # who stands in for the missing: any one j of the observed. Eq. (4), (5); (35)-(37)
-                found = subset if missing else subset[:1]
-                q[subset] = [product(own + [experts[m, j] for m in missing]) for j in found]
+                stand_ins = subset if missing else subset[:1]
+                q[subset] = [product(own + [experts[m, j] for m in missing]) for j in stand_ins]
         return q
 
     def log_p(self, m, z, x):

@@ -550,8 +550,8 @@ def test_svae_products_with_the_prior_expert_have_it_once():
 
 
 def test_products_of_flat_experts_stay_finite():
-    for logvar in (80.0, math.inf):
-        flat = svae.expert(torch.ones(1, L), torch.full((1, L), logvar))
+    for flatness in (80.0, math.inf):
+        flat = svae.expert(torch.ones(1, L), torch.full((1, L), flatness))
         mu, logvar = svae.product([flat] * 2)
         assert mu.tolist() == [[1.0] * L] and logvar.exp().max() <= 5 * (1 + 1e-5)
 
