@@ -7,32 +7,29 @@
 These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
 their test split. There z is one sample of the posterior per example (--seed fixes it) and the
 decoded mean is judged by an oracle, a classifier of the real images, whose own test accuracy stands
-under every table.
+under every table. Metrics and figures that one data set alone has are in its file in benchmarks/.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes.
 [meme] is Joy et al., ICLR 2022; [poe] is "In Defense of Product-of-Experts".
 """
 
 import argparse
-import hashlib
 import importlib
 import itertools
 import json
 import math
 import sys
-import textwrap
-import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data
 import nets
+from benchmarks import drawing
+from benchmarks.oracles import each, load_oracle, shared
 
 # -------------------------------------------------------------------- numpy: arrays in, numbers out
 
@@ -161,186 +158,6 @@ def w2(mean1, scale1, mean2, scale2):
     return np.sqrt(np.maximum(squared + traces - 2 * cross, 0))
 
 
-# ------------------------------------------------------------------------------------------ oracles
-
-
-RECIPE = 1  # to be raised when what follows changes: oracles kept from before are trained anew
-
-
-class Oracle(nn.Module):
-    """A digit classifier: images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W >= 24.
-
-    Every image is scaled to one contrast first. `information` replaces the last layer by a Gaussian
-    process, which knows what it has not seen.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        layers, a, width = [], channels, 16 if channels == 1 else 32
-        for b in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2)]
-            layers += [nn.BatchNorm2d(b), nn.ReLU()]
-            a = b
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(3), nn.Flatten())
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(9 * a, 10))
-        self.process = GaussianProcess(9 * a)
-
-    def features(self, x):
-        x = x - x.mean((1, 2, 3), keepdim=True)
-        return self.trunk(x / (x.std((1, 2, 3), keepdim=True) + 0.1))  # (B, D)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-    def information(self, x):
-        return self.process.information(self.features(x))
-
-
-class GaussianProcess(nn.Module):
-    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2).
-
-        f_c ~ GP(0, k),  k(h, h') = s² exp(-|h - h'|² / 2l²),  p(y|f) = softmax(f)_y,  c = 1..10
-        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)
-        ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
-
-    h (B, D): features; Z: the inducing points. What the paper leaves open: 100 inducing points,
-    started at training features and learned; one s and one l, started at 3 and the median distance;
-    5 samples of f in training; the features stay as the oracle has learned them.
-    """
-
-    def __init__(self, features, classes=10, points=100):
-        super().__init__()
-        self.inducing = nn.Parameter(torch.zeros(points, features))  # Z
-        self.mean = nn.Parameter(torch.zeros(classes, points))  # m
-        self.root = nn.Parameter(torch.eye(points).repeat(classes, 1, 1))  # S, its lower triangle
-        self.log_scale = nn.Parameter(torch.tensor(math.log(3.0)))  # log s
-        self.log_length = nn.Parameter(torch.tensor(0.0))  # log l
-
-    def kernel(self, a, b):
-        centre = self.inducing.mean(0)  # near zero the next line cancels less
-        a, b = a - centre, b - centre
-        squared = ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clamp_min(0)
-        return torch.exp(2 * self.log_scale - 0.5 * squared * torch.exp(-2 * self.log_length))
-
-    def forward(self, h):
-        """Mean and standard deviation of every f_c(h), each (B, C)."""
-        z, s2 = self.inducing, torch.exp(2 * self.log_scale)
-        jitter = 1e-4 * s2 * torch.eye(len(z), device=h.device)
-        chol = torch.linalg.cholesky(self.kernel(z, z) + jitter)  # L
-        a = torch.linalg.solve_triangular(chol, self.kernel(z, h), upper=False)  # (P, B)
-        variance = s2 - (a**2).sum(0) + ((self.root.tril().mT @ a) ** 2).sum(1)  # (C, B)
-        return (self.mean @ a).T, variance.clamp_min(1e-6).sqrt().T
-
-    def elbo(self, h, y, n, samples=5):
-        mean, std = self(h)
-        f = mean + std * torch.randn(samples, *mean.shape, device=h.device)  # (K, B, C)
-        log_p = f.log_softmax(-1).mean(0)[torch.arange(len(y)), y].mean()
-        root = self.root.tril()
-        log_det = root.diagonal(dim1=1, dim2=2).abs().log().sum()
-        kl = 0.5 * ((self.mean**2).sum() + (root**2).sum() - self.mean.numel()) - log_det
-        return n * log_p - kl
-
-    def fit(self, h, y, steps=500, batch_size=500):
-        """Features h (N, D) and labels y (N,) of the training images."""
-        chosen = h[torch.randperm(len(h))[: len(self.inducing)]]
-        self.inducing.data[: len(chosen)] = chosen
-        self.log_length.data = torch.pdist(chosen).median().clamp_min(1).log()
-        optimizer = torch.optim.Adam(self.parameters(), 0.01)
-        for _ in range(steps):
-            index = torch.randint(len(h), (batch_size,))
-            loss = -self.elbo(h[index], y[index], len(h)) / len(h)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    def information(self, h, samples=100):
-        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)], nats: high where f is in doubt. -> (B,)"""
-        mean, std = self(h)
-        p = (mean + std * torch.randn(samples, *mean.shape, device=h.device)).softmax(-1)
-        entropy = torch.special.entr(p).sum(-1).mean(0)
-        return torch.special.entr(p.mean(0)).sum(-1) - entropy
-
-
-def views(dataset):
-    """What is judged, as functions of the M modalities: each image, or the parts put together."""
-    if dataset.name in nets.BANDS:
-        return {"image": lambda xs: torch.cat(xs, -2)}
-    return {name: lambda xs, m=m: xs[m] for m, name in enumerate(dataset.names)}
-
-
-def train_oracle(split, view, steps=1000, batch_size=128):
-    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels.
-    -> Oracle in eval mode"""
-    torch.manual_seed(0)
-    device = split.labels.device
-    oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
-    optimizer = torch.optim.AdamW(oracle.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
-    start = time.monotonic()
-    for step in range(1, steps + 1):
-        index = torch.randint(len(split), (batch_size,))
-        x = F.pad(view(split[index]), (2, 2, 2, 2), mode="replicate")
-        top, left = torch.randint(5, (2,)).tolist()
-        x = x[..., top : top + x.shape[-2] - 4, left : left + x.shape[-1] - 4]
-        loss = F.cross_entropy(oracle(x), split.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        data.progress("oracle", step, 1, steps, start)
-    oracle.eval()
-    index = torch.randperm(len(split))[:10_000]
-    with torch.no_grad():
-        h = torch.cat([oracle.features(view(split[i])) for i in index.split(500)])
-    oracle.process.fit(h, split.labels[index], min(steps, 500))
-    return oracle
-
-
-def load_oracle(dataset, name, root, steps=1000):
-    """The oracle of a view, from root/oracles, where it is kept once trained.
-    -> Oracle, its test accuracy
-
-    The file holds a digest of all that it was made from: other images, labels or settings, and it
-    is made anew.
-    """
-    view, path = views(dataset)[name], data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
-    device = dataset.test.labels.device
-    digest = hashlib.sha256(f"recipe {RECIPE}, {steps} steps".encode())
-    for split in (dataset.train, dataset.test):
-        for tensor in (*split.bases, *split.rows, split.labels):
-            digest.update(tensor.cpu().contiguous().numpy())
-    try:
-        saved = data.read_checkpoint(path, device)
-        if saved["digest"] == digest.hexdigest():
-            oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
-            oracle.load_state_dict(saved["oracle"])
-            return oracle.to(device).eval(), float(saved["accuracy"])
-    except Exception:  # there is none yet, or it is damaged
-        pass
-    print(f"training the oracle of {dataset.name}, {name} ...", file=sys.stderr)
-    oracle = train_oracle(dataset.train, view, steps)
-    accuracy = shared(digits(oracle, view, dataset.test), dataset.test.labels)
-    saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.replace(path, lambda file: torch.save(saved, file))
-    except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): not kept", file=sys.stderr)
-    return oracle, accuracy
-
-
-@torch.no_grad()
-def digits(oracle, view, split):
-    """What the oracle reads in the real images of a split. -> (N,)"""
-    parts = torch.arange(len(split)).split(500)
-    return torch.cat([oracle(view(split[index])).argmax(-1) for index in parts])
-
-
-def shared(a, b):
-    """The share of equal entries."""
-    return (a == b).double().mean().item()
-
-
 # ------------------------------------------------------------------------------- metrics of a model
 
 
@@ -359,6 +176,18 @@ def subsets(names):
 
 def singles(names):
     return {name: shown for name, shown in subsets(names).items() if sum(shown) == 1}
+
+
+def views(dataset):
+    """What is judged and drawn: what the data set's oracles see, else every modality by itself.
+    -> {name: function of the M modalities}"""
+    benchmark = data.benchmark(dataset.name)
+    return benchmark.views(dataset) if hasattr(benchmark, "views") else each(dataset.names)
+
+
+def in_parts(dataset):
+    """Whether the modalities are parts of one image, which is judged as a whole."""
+    return len(views(dataset)) == 1
 
 
 def readings(means, dataset, oracles):
@@ -381,7 +210,7 @@ def split_accuracy(model, dataset, oracles):
     """[poe] Table 1: the whole image from every subset of its parts; is it still the digit?"""
     accuracy = {}
     for name, shown in subsets(dataset.names).items():
-        read = generated_digits(model, dataset, oracles, shown)["image"]
+        (read,) = generated_digits(model, dataset, oracles, shown).values()
         accuracy[name] = shared(read, dataset.test.labels)
     return {"accuracy": accuracy}
 
@@ -487,19 +316,28 @@ def log_likelihood(model, dataset, examples=100, samples=1000):
     return {"log_likelihood": found}
 
 
+def correlations(pairs, judged):
+    """[meme] Table 5: the mean correlation, eq. (12), of every pair of arrays (x, y) in `judged`,
+    {name: (x, y)}, in a CCA, k = 40, whitened, that is fit to the pairs (x, y)."""
+    fit = cca(*pairs, k=40)
+    found = {name: float(correlation(fit, x, y).mean()) for name, (x, y) in judged.items()}
+    return {"correlation": found}
+
+
 def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data"):
-    """All metrics that apply to the data set.
+    """All metrics that apply to the data set, or, where it has its own, those.
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none.
     """
     torch.manual_seed(seed)
     model.eval()
-    if dataset.name == "cub":
-        return evaluate_cub(model, dataset, root)
-    if dataset.name == "spectra":
-        return evaluate_spectra(model, dataset, data.load_challenges(root), seed=seed)
+    benchmark = data.benchmark(dataset.name)
+    if hasattr(benchmark, "evaluate"):
+        return benchmark.evaluate(model, dataset, root, seed)
+    if hasattr(benchmark, "correlated"):
+        return correlations(*benchmark.correlated(model, dataset, root))
     metrics = {}
-    if dataset.name in nets.BANDS:
+    if oracles and in_parts(dataset):
         metrics |= split_accuracy(model, dataset, oracles)
     elif oracles:
         metrics |= coherence(model, dataset, oracles)
@@ -512,337 +350,97 @@ def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="
     return metrics
 
 
-# ---------------------------------------------------- CUB: word vectors, CCA correlations, captions
-
-
-def caption_text(tokens, words):
-    """Word indices (32,) -> the caption as text: words joined, cut at <eos>."""
-    tokens = np.asarray(tokens).tolist()
-    end = tokens.index(data.EOS) if data.EOS in tokens else len(tokens)
-    return " ".join(words[t] for t in tokens[:end])
-
-
-def character_ngrams(words, shortest=3, longest=6):
-    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur.
-
-    -> (V, G) 0/1 sparse CSR, its transpose; the specials have none.
-    """
-    index, rows, columns = {}, [], []
-    for row, word in enumerate(words):
-        if word in data.SPECIALS:
-            continue
-        text = f"<{word}>"
-        grams = {
-            text[a : a + n]
-            for n in range(shortest, longest + 1)
-            for a in range(len(text) - n + 1)
-            if text[a : a + n] != text
-        }
-        for gram in (text, *sorted(grams)):
-            rows.append(row)
-            columns.append(index.setdefault(gram, len(index)))
-    where = torch.tensor([rows, columns])
-    units = torch.sparse_coo_tensor(where, torch.ones(len(rows)), (len(words), len(index)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta
-        return units.coalesce().to_sparse_csr(), units.t().coalesce().to_sparse_csr()
-
-
-def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
-    """How often word i has word j in its window, per epoch, as word2vec draws it: frequent words
-    dropped at random before the window is laid, a neighbour at distance d inside the random window
-    with probability 1 - (d - 1)/window.
-
-    captions: int64 (N, 32) -> pairs (V, V), frequencies (V,), float64. The specials never count.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    captions = torch.as_tensor(captions).cpu()
-    sentence, at = (captions >= len(data.SPECIALS)).nonzero(as_tuple=True)
-    word = captions[sentence, at]
-    frequency = torch.bincount(word, minlength=n_words).double()
-    threshold = sample * len(word) / frequency
-    keep = (threshold.sqrt() + threshold).clamp(max=1)
-    pairs = torch.zeros(n_words * n_words, dtype=torch.float64)
-    for _ in range(draws):
-        kept = torch.rand(len(word), generator=generator) < keep[word]
-        w, s = word[kept], sentence[kept]
-        for d in range(1, window + 1):
-            same = s[d:] == s[:-d]
-            pair = w[d:][same] * n_words + w[:-d][same]
-            weight = 1 - (d - 1) / window
-            pairs += weight * torch.bincount(pair, minlength=n_words * n_words)
-    pairs = pairs.view(n_words, n_words) / draws
-    return pairs + pairs.t(), frequency
-
-
-def word_vectors(
-    captions, words, dim=300, window=3, negative=5, epochs=10, lr=0.025, seed=0, device="cpu"
-):
-    """FastText [Bojanowski et al. 2017]: a word is the mean of its own vector and its n-grams'.
-
-    Skip-gram with negative sampling. The vocabulary is small, so each step of gradient descent
-    takes the expectation over words and negatives in place of a sample: it climbs
-
-        Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),    m_ij = negative (Σ_k n_ik) p_j
-
-    with n_ij the pairs that a step would see, p_j ∝ frequency^.75.
-    captions (N, 32) -> float32 (V, dim), zeros for specials
-    """
-    units, transposed = (m.to(device) for m in character_ngrams(words))
-    share = 1 / units.sum(1, keepdim=True).to_dense().clamp(min=1)  # (V, 1)
-    pairs, frequency = skipgram_counts(captions, len(words), window, draws=epochs, seed=seed)
-    noise = frequency**0.75 / (frequency**0.75).sum()
-    n = pairs.float().to(device)  # (V, V)
-    m = (negative * pairs.sum(1, keepdim=True) * noise).float().to(device)
-    steps = max(1, math.ceil(float(pairs.sum()) / 4000))  # per epoch: 4,000 pairs each
-    # The summed gradient of a word in very many pairs of a step overshoots: it moves as by 4 / lr
-    # pairs at most.
-    most_h = 4 / (n + m).sum(1, keepdim=True).clamp(min=1e-9)
-    most_o = 4 / (n + m).sum(0).unsqueeze(1).clamp(min=1e-9)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.rand(units.shape[1], dim, generator=generator)
-    e = ((2 * start - 1) / dim).to(device)  # (G, D) the units' vectors
-    o = torch.zeros(len(words), dim, device=device)  # (V, D) the words' as context
-    for step in range(epochs * steps):
-        rate = lr * (1 - step / (epochs * steps)) / steps
-        h = share * (units @ e)  # (V, D)
-        p = torch.sigmoid(h @ o.t())
-        residual = n * (1 - p) - m * p  # (V, V)
-        grad_h, grad_o = residual @ o, residual.t() @ h
-        # each unit takes the whole step, as FastText does
-        e += transposed @ (grad_h * most_h.clamp(max=rate))
-        o += grad_o * most_o.clamp(max=rate)
-    return (share * (units @ e)).cpu().numpy()
-
-
-def cached_word_vectors(root, captions, words, device="cpu"):
-    """word_vectors of the training captions, kept in cub/words.npz beside a digest of those."""
-    captions = captions.cpu().numpy()
-    digest = hashlib.sha256(captions.tobytes() + "\n".join(words).encode()).hexdigest()
-    path = data.prepared(root, "cub", "words.npz")
-    try:
-        cache = data.read_npz(path, ("digest", "vectors"))
-        if str(cache["digest"]) == digest and cache["vectors"].shape == (len(words), 300):
-            return cache["vectors"]
-    except ValueError:  # missing, damaged, another format: trained again
-        pass
-    vectors = word_vectors(captions, words, device=device)
-    try:
-        data.replace(path, lambda file: np.savez(file, vectors=vectors, digest=digest))
-    except OSError as error:
-        print(f"word vectors are not kept: {path.parent} cannot be written to ({error.strerror})")
-    return vectors
-
-
-def sentence_vectors(tokens, words, vectors):
-    """The average over a caption's words up to <eos>, specials not counted; of no word at all, 0.
-
-    tokens (N, 32), vectors (V, D) -> float32 (N, D)
-    """
-    tokens = np.asarray(tokens)
-    special = np.array([word in data.SPECIALS for word in words])
-    counted = ~special[tokens] & ((tokens == data.EOS).cumsum(1) == 0)
-    total = np.zeros((len(tokens), vectors.shape[1]), np.float32)
-    for column, use in zip(tokens.T, counted.T):
-        total += vectors[column] * use[:, None]
-    return total / np.maximum(counted.sum(1, keepdims=True), 1)
+# ---------------------------------------------------------------------------- what figures show
 
 
 @torch.no_grad()
-def cross_generate(model, split, batch_size=256):
-    """Each test pair the other way round: one z per input, the decoded mean, the likeliest words.
+def generations(model, dataset):
+    """A column per digit, and per modality shown the rows input, generated from itself, generated
+    in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
 
-    -> features from the captions (N, 2048), captions from the images int64 (N, 32)
+    Split images: two rows per subset of the parts, what is shown and the image regenerated from
+    it: [poe] Figs. 3, 4.
     """
-    device = next(model.parameters()).device
-    split, features, captions = split.to(device), [], []
-    for index in torch.arange(len(split), device=device).split(batch_size):
-        image, caption = split[index]
-        captions.append(model.decode(model.posterior(image, None).sample())[1].argmax(-1).cpu())
-        features.append(model.decode(model.posterior(None, caption).sample())[0].cpu())
-    return torch.cat(features).numpy(), torch.cat(captions).numpy()
+    split, names, rows = dataset.test, dataset.names, []
+    labels = split.labels.tolist()
+    index = torch.tensor([labels.index(digit) for digit in sorted(set(labels))])
+    xs = split[index]
+    for name, shown in subsets(names).items():
+        means = model.decode(model.posterior(*data.show(split, shown, index)).sample())
+        if in_parts(dataset):
+            ((view, whole),) = views(dataset).items()
+            seen = [x if s else torch.full_like(x, 0.5) for x, s in zip(xs, shown)]
+            rows += [(name, whole(seen)), (f"→ {view}", whole(means))]
+        elif sum(shown) == 1:
+            m = shown.index(True)
+            rows += [(name, xs[m]), (f"{name} → {name}", means[m])]
+            rows += [(f"{name} → {names[k]}", means[k]) for k in range(len(names)) if k != m]
+    return rows
 
 
 @torch.no_grad()
-def joint_generate(model, n=1000, batch_size=250):
-    """n samples of the prior -> features (n, 2048), captions int64 (n, 32)"""
-    features, captions = [], []
-    for k in range(0, n, batch_size):
-        image, caption = model.decode(model.prior().sample((min(batch_size, n - k),)))
-        features.append(image.cpu())
-        captions.append(caption.argmax(-1).cpu())
-    return torch.cat(features).numpy(), torch.cat(captions).numpy()
+def joint_samples(model, dataset, oracles, columns=10, lines=5):
+    """Samples of the prior, what is made from one z one below the other: [poe] Figs. 3, 5.
 
-
-def evaluate_cub(model, dataset, root="./data", samples=1000, batch_size=256):
-    """[meme] Table 5, App. G: the mean correlation (eq. 12) of photos' features and sentences.
-
-    CCA, k = 40, whitened, is fit on the training pairs; `truth` is that of the test pairs.
+    -> list of (label, images (n, C, H, W)), and for each what the oracle reads and whether all
+    oracles read that, both (n,); None without oracles
     """
-    model.eval()
-    device = next(model.parameters()).device
-    vectors = cached_word_vectors(root, dataset.train.bases[1], dataset.words, device)
-
-    def embed(tokens):
-        return sentence_vectors(tokens, dataset.words, vectors)
-
-    def arrays(split):
-        (image, caption), (i, j) = split.bases, split.rows
-        return image[i].cpu().numpy(), caption[j].cpu().numpy()
-
-    image, caption = arrays(dataset.train)
-    fit = cca(image, embed(caption), k=40)
-    image, caption = arrays(dataset.test)
-    features, captions = cross_generate(model, dataset.test, batch_size)
-    joint_features, joint_captions = joint_generate(model, samples)
-    pairs = {
-        "image->caption": (image, captions),
-        "caption->image": (features, caption),
-        "joint": (joint_features, joint_captions),
-        "truth": (image, caption),
-    }
-    return {
-        "correlation": {
-            key: float(correlation(fit, x, embed(tokens)).mean())
-            for key, (x, tokens) in pairs.items()
-        }
-    }
-
-
-def nearest_photos(features, photos):
-    """The row of `photos` (P, 2048) nearest to each of `features` (N, 2048), Euclidean.
-    -> int64 (N,)"""
-    features, photos = torch.as_tensor(features), torch.as_tensor(photos)
-    rows = [torch.cdist(x, photos.to(x.device)).argmin(1) for x in features.split(1000)]
-    return torch.cat(rows).cpu().numpy()
-
-
-# ----------------------------------------------------------------------- spectra: ranking molecules
-
-# predicted probabilities stay this far from 0 and 1: one wrong bit costs at most 9.2 nats
-CERTAIN = 1e-4
-
-
-def bit_cross_entropy(probabilities, packed, block=2048):
-    """-Σ_d [c_d log p_d + (1 - c_d) log(1 - p_d)] of each candidate's bits c, in nats.
-
-    probabilities (D,); packed (n, ceil(D / 8)) uint8, as np.packbits -> (n,)
-    """
-    p = np.clip(np.asarray(probabilities, np.float64), CERTAIN, 1 - CERTAIN)
-    log_odds, none = np.log(p) - np.log1p(-p), -np.log1p(-p).sum()
-    parts = [packed[i : i + block] for i in range(0, len(packed), block)]  # 35 MB each as float64
-    bits = (np.unpackbits(part, axis=1, count=len(p)).astype(np.float64) for part in parts)
-    return np.concatenate([none - c @ log_odds for c in bits])
-
-
-def rank_of(scores, true):
-    """The rank of scores[true] among scores (n,), 1 for the lowest; ties share their mean rank."""
-    gap = scores - scores[true]
-    return 1 + (gap < -1e-9).sum() + ((abs(gap) <= 1e-9).sum() - 1) / 2
-
-
-def challenge_ranks(probabilities, challenges):
-    """The rank of each challenge's true candidate by cross entropy. probabilities (n, D) -> (n,)"""
-    lists = np.split(challenges.bits, challenges.offsets[1:-1])
-    each = zip(probabilities, lists, challenges.truth)
-    return np.array([rank_of(bit_cross_entropy(p, packed), true) for p, packed, true in each])
-
-
-def top_k(ranks, ks):
-    """The share of challenges whose true candidate is among the first k.
-
-    ranks (n,), ks (K,) -> (K,)
-    """
-    return (np.asarray(ranks)[:, None] <= np.asarray(ks)).mean(0)
-
-
-def random_top_k(sizes, ks):
-    """What top_k is on average when the candidates, `sizes` (n,) of them, are in random order.
-    -> (K,)"""
-    return np.minimum(np.asarray(ks) / np.asarray(sizes)[:, None], 1).mean(0)
-
-
-def tanimoto(a, b):
-    """|a and b| / |a or b| of bits (N, D), 1 where both are empty. -> (N,)"""
-    union = (a | b).sum(1)
-    return np.where(union, (a & b).sum(1) / np.maximum(union, 1), 1.0)
-
-
-def bit_scores(probabilities, bits):
-    """How well bits (N, D) are predicted: accuracy and Tanimoto of p > 1/2, nats per example."""
-    predicted = probabilities > 0.5
-    p = np.clip(probabilities, CERTAIN, 1 - CERTAIN)
-    return {
-        "accuracy": float((predicted == bits).mean()),
-        "tanimoto": float(tanimoto(predicted, bits).mean()),
-        "cross_entropy": float(-np.log(np.where(bits, p, 1 - p)).sum(1).mean()),
-    }
-
-
-def rank_scores(ranks):
-    tops = {f"top{k}": float(top_k(ranks, [k])[0]) for k in (1, 5, 10, 20)}
-    return tops | {"median": float(np.median(ranks))}
+    rows, read = [], []
+    for _ in range(lines):
+        means = model.decode(model.prior().sample((columns,)))
+        rows += [(name, view(means)) for name, view in views(dataset).items()]
+        if oracles:
+            digits = readings(means, dataset, oracles)
+            agree = (digits == digits[0]).all(0)
+            read += [(digit, agree) for digit in digits]
+    return rows, read or None
 
 
 @torch.no_grad()
-def predict_bits(model, take, n, samples=1, batch_size=128):
-    """p(bit = 1) from the spectrum alone, the mean over samples of q(z | spectrum).
-
-    take(index): the spectra (B, 11000) of some of the n examples. -> float32 (n, 2149)
-    """
-    device, found = next(model.parameters()).device, []
-    for index in torch.arange(n).split(batch_size):
-        z = model.posterior(take(index).to(device), None).sample((samples,))  # (samples, B, L)
-        p = nets.mean(model.modalities[1], model.decoders[1](z))
-        found.append(p.mean(0).float().cpu())
-    return torch.cat(found).numpy()
-
-
-def evaluate_spectra(model, dataset, challenges=None, samples=20, seed=0, batch_size=128):
-    """Fingerprints from spectra: bits of the test split, ranks of the true candidates ([poe] 4.4).
-
-    challenges: data.load_challenges(root), or None. samples: of z, whose predictions are averaged.
-    "frequency" predicts for all spectra how often each bit is set in the training examples; it
-    ranks the same candidates. "random" is the expectation over random orders; its median is the k
-    at which its top-k curve reaches one half.
-    -> {"bits": {"accuracy", "tanimoto", "cross_entropy"}, "frequency": {"bits": {...}}} and, with
-    challenges, {"rank": {"top1", "top5", "top10", "top20", "median"}, "random": {"rank"}, "ranks":
-    {id: rank}, "sizes": {id: n}}, with "rank" and "ranks" in "frequency" too. Tops are shares of
-    the challenges, ties have their mean rank.
-    """
-    torch.manual_seed(seed)
-    model.eval()
-    test, train = dataset.test, dataset.train
-    bits = torch.cat([test.take(1, i).cpu() for i in torch.arange(len(test)).split(4096)]) > 0.5
-    bits = bits.numpy()  # (N, 2149)
-    count = torch.bincount(train.rows[1].cpu(), minlength=len(train.bases[1])).double()
-    frequency = (count @ train.bases[1].cpu().double() / count.sum()).numpy()  # (2149,)
-
-    predicted = predict_bits(
-        model, lambda index: test.take(0, index), len(test), samples, batch_size
-    )
-    result = {
-        "bits": bit_scores(predicted, bits),
-        "frequency": {"bits": bit_scores(np.broadcast_to(frequency, bits.shape), bits)},
-    }
-    if challenges is None:
-        return result
-    n, sizes = len(challenges.ids), np.diff(challenges.offsets)
-    predicted = predict_bits(model, lambda index: challenges.spectra[index], n, samples, batch_size)
-    ranks = challenge_ranks(predicted, challenges)
-    baseline = challenge_ranks(np.broadcast_to(frequency, predicted.shape), challenges)
-    ks = np.arange(1, sizes.max() + 1)
-    chance = random_top_k(sizes, ks)
-    result["rank"] = rank_scores(ranks)
-    result["frequency"] |= {"rank": rank_scores(baseline), "ranks": by_id(challenges, baseline)}
-    tops = {f"top{k}": float(random_top_k(sizes, [k])[0]) for k in (1, 5, 10, 20)}
-    result["random"] = {"rank": tops | {"median": float(ks[np.argmax(chance >= 0.5)])}}
-    result |= {"ranks": by_id(challenges, ranks), "sizes": by_id(challenges, sizes)}
-    return result
+def distances(model, split, a, b, n=500):
+    """W2 between q(z|x_a) and q(z|x_b) of n random examples that differ in x_a. -> (n, n), index"""
+    index = torch.from_numpy(np.unique(split.rows[a].cpu(), return_index=True)[1])
+    index, moments = index[torch.randperm(len(index))[:n]], []
+    for m in (a, b):
+        shown = [k == m for k in range(len(split.bases))]
+        q = model.posterior(*data.show(split, shown, index))
+        moments += [q.mean.double().cpu().numpy(), q.stddev.double().cpu().numpy()]
+    mean_a, std_a, mean_b, std_b = moments  # each (n, L)
+    return np.stack([w2(mu, std, mean_b, std_b) for mu, std in zip(mean_a, std_a)]), index
 
 
-def by_id(challenges, values):
-    return dict(zip(challenges.ids, values.tolist()))
+def latent_points(model, dataset, n=1000):
+    """z ~ q(z|x_m) of n test examples for every modality m, one after the other.
+    -> (M n, L), their labels (M n,)"""
+    index = torch.arange(min(n, len(dataset.test)))
+    shown = singles(dataset.names).values()
+    z = np.concatenate([latent_samples(model, dataset.test, s, index) for s in shown])
+    return z, np.tile(dataset.test.labels[index].cpu(), len(dataset.names))
+
+
+def gradient_ratios(model, xs, draws=30):
+    """[meme] Fig. 10: log10 |mean| / std of every entry of MEME's gradient, with and without that
+    of w, clamped to [-4, 2]; mean and std are over draws of z.
+    -> {"w detached": {"encoders": (n,), "decoders": (n,)}, "eq. (7)": ...}"""
+    parts = [list(getattr(model, part).parameters()) for part in ("encoders", "decoders")]
+    sizes = [sum(weight.numel() for weight in part) for part in parts]
+    found, trained = {}, (model.kl, model.full_gradient)
+    model.kl = "sample"  # eq. (6) as printed, of which eq. (7) is the gradient
+    for name, full in (("w detached", False), ("eq. (7)", True)):
+        model.full_gradient, total, squares = full, 0, 0
+        for _ in range(draws):
+            gradient = torch.autograd.grad(model.objective(*xs), sum(parts, []))
+            gradient = torch.cat([g.flatten() for g in gradient]).double()
+            total, squares = total + gradient, squares + gradient**2
+        mean = total / draws
+        std = (squares / draws - mean**2).clamp_min(0).sqrt()
+        ratios = [
+            (m.abs() / s)[s > 0].log10().cpu().clamp(-4, 2)
+            for m, s in zip(mean.split(sizes), std.split(sizes))
+        ]
+        found[name] = dict(zip(("encoders", "decoders"), ratios))
+    model.kl, model.full_gradient = trained
+    return found
 
 
 # ---------------------------------------------------------------------------------- runs and tables
@@ -952,84 +550,6 @@ def row_names(groups, shown=("paired", "unpaired", "epoch")):
     return names
 
 
-PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8, 1/16
-    # [poe] Table 1
-    ("mnist-split", "MMVAE", "", "both", ".539"),
-    ("mnist-split", "MMVAE", "", "top", ".221"),
-    ("mnist-split", "MMVAE", "", "bottom", ".283"),
-    ("mnist-split", "SVAE", "", "both", ".948"),
-    ("mnist-split", "SVAE", "", "top", ".872"),
-    ("mnist-split", "SVAE", "", "bottom", ".816"),
-    ("mnist-split", "VAEVAE", "", "both", ".956"),
-    ("mnist-split", "VAEVAE", "", "top", ".887"),
-    ("mnist-split", "VAEVAE", "", "bottom", ".830"),
-    ("mnist-split", "VAEVAE*", "", "both", ".958"),
-    ("mnist-split", "VAEVAE*", "", "top", ".863"),
-    ("mnist-split", "VAEVAE*", "", "bottom", ".778"),
-    # [meme] Table 3; Table 7, which does not say where from: taken as what is generated
-    ("mnist-svhn", "MEME", "svhn", "mnist→svhn", ".625 .551 .323 .172 .143"),
-    ("mnist-svhn", "MEME", "mnist", "mnist→svhn", ".625 .572 .485 .470 .451"),
-    ("mnist-svhn", "MEME", "split", "mnist→svhn", ".625 .625 .503 .467 .387"),
-    ("mnist-svhn", "MEME", "svhn", "svhn→mnist", ".752 .726 .652 .557 .477"),
-    ("mnist-svhn", "MEME", "mnist", "svhn→mnist", ".752 .715 .603 .546 .446"),
-    ("mnist-svhn", "MEME", "split", "svhn→mnist", ".752 .718 .621 .568 .503"),
-    ("mnist-svhn", "MMVAE", "", "mnist→svhn", ".581"),
-    ("mnist-svhn", "MMVAE", "", "svhn→mnist", ".735"),
-    ("mnist-svhn", "MMVAE, Laplace", "", "mnist→svhn", ".652"),
-    ("mnist-svhn", "MMVAE, Laplace", "", "svhn→mnist", ".918"),
-    ("mnist-svhn", "MVAE", "svhn", "mnist→svhn", ".123 .110 .112 .105 .105"),
-    ("mnist-svhn", "MVAE", "mnist", "mnist→svhn", ".123 .111 .112 .116 .116"),
-    ("mnist-svhn", "MVAE", "split", "mnist→svhn", ".123 .108 .101 .101 .101"),
-    ("mnist-svhn", "MVAE", "svhn", "svhn→mnist", ".498 .305 .268 .220 .188"),
-    ("mnist-svhn", "MVAE", "mnist", "svhn→mnist", ".498 .365 .350 .302 .249"),
-    ("mnist-svhn", "MVAE", "split", "svhn→mnist", ".498 .338 .273 .249 .169"),
-    # [meme] Table 4
-    ("mnist-svhn", "MEME", "svhn", "latent mnist", ".908 .881 .870 .815 .795"),
-    ("mnist-svhn", "MEME", "mnist", "latent mnist", ".908 .882 .844 .824 .807"),
-    ("mnist-svhn", "MEME", "split", "latent mnist", ".908 .914 .893 .883 .856"),
-    ("mnist-svhn", "MEME", "svhn", "latent svhn", ".648 .549 .295 .149 .113"),
-    ("mnist-svhn", "MEME", "mnist", "latent svhn", ".648 .581 .398 .384 .362"),
-    ("mnist-svhn", "MEME", "split", "latent svhn", ".648 .675 .507 .432 .316"),
-    ("mnist-svhn", "MMVAE", "", "latent mnist", ".886"),
-    ("mnist-svhn", "MMVAE", "", "latent svhn", ".499"),
-    ("mnist-svhn", "MVAE", "svhn", "latent mnist", ".892 .895 .890 .887 .880"),
-    ("mnist-svhn", "MVAE", "mnist", "latent mnist", ".892 .895 .898 .896 .895"),
-    ("mnist-svhn", "MVAE", "split", "latent mnist", ".892 .898 .895 .894 .898"),
-    ("mnist-svhn", "MVAE", "svhn", "latent svhn", ".131 .106 .107 .105 .102"),
-    ("mnist-svhn", "MVAE", "mnist", "latent svhn", ".131 .106 .106 .107 .101"),
-    ("mnist-svhn", "MVAE", "split", "latent svhn", ".131 .107 .109 .104 .100"),
-    # [meme] Table 6; its MEME_SPLIT rows repeat Table 4 and are left out
-    ("mnist-svhn", "MEME", "svhn", "MI mnist", ".075 .086 .101 .102 .103"),
-    ("mnist-svhn", "MEME", "mnist", "MI mnist", ".073 .087 .101 .099 .104"),
-    ("mnist-svhn", "MEME", "svhn", "MI svhn", ".036 .047 .071 – .134"),
-    ("mnist-svhn", "MEME", "mnist", "MI svhn", ".036 .048 .085 .111 .142"),
-    ("mnist-svhn", "MMVAE", "", "MI mnist", ".105"),
-    ("mnist-svhn", "MMVAE", "", "MI svhn", ".042"),
-    ("mnist-svhn", "MVAE", "svhn", "MI mnist", ".110 .107 .106 .106 .142"),
-    ("mnist-svhn", "MVAE", "mnist", "MI mnist", ".102 .093 .110 .100 .100"),
-    ("mnist-svhn", "MVAE", "split", "MI mnist", ".110 .104 .099 .100 .098"),
-    ("mnist-svhn", "MVAE", "svhn", "MI svhn", ".163 .166 .165 .164 .176"),
-    ("mnist-svhn", "MVAE", "mnist", "MI svhn", ".163 .175 .170 .174 .182"),
-    ("mnist-svhn", "MVAE", "split", "MI svhn", ".163 .165 .172 .173 .179"),
-    # [meme] Table 5
-    ("cub", "MEME", "image", "corr. image→caption", ".064 .042 .026 .029"),
-    ("cub", "MEME", "caption", "corr. image→caption", ".064 .062 .048 .052"),
-    ("cub", "MEME", "split", "corr. image→caption", ".064 .046 .031 .027"),
-    ("cub", "MEME", "image", "corr. caption→image", ".074 .058 .051 .046"),
-    ("cub", "MEME", "caption", "corr. caption→image", ".074 .059 .050 .053"),
-    ("cub", "MEME", "split", "corr. caption→image", ".074 .061 .047 .049"),
-    ("cub", "MMVAE", "", "corr. image→caption", ".060"),
-    ("cub", "MMVAE", "", "corr. caption→image", ".058"),
-    ("cub", "MVAE", "image", "corr. image→caption", "-.002 -.000 .001 -.001"),
-    ("cub", "MVAE", "caption", "corr. image→caption", "-.002 -.000 .000 .001"),
-    ("cub", "MVAE", "split", "corr. image→caption", "-.002 .000 .000 -.001"),
-    ("cub", "MVAE", "image", "corr. caption→image", "-.002 -.002 -.002 -.001"),
-    ("cub", "MVAE", "caption", "corr. caption→image", "-.002 -.001 -.003 -.002"),
-    ("cub", "MVAE", "split", "corr. caption→image", "-.002 -.002 -.002 -.002"),
-    *(("cub", m, "", "corr. truth", ".106") for m in ("MEME", "MMVAE", "MVAE")),
-]
-
-
 def paper_name(run):
     """What the papers call a run's model. None: they have no such model."""
     model, options = run["model"], run["options"]
@@ -1049,7 +569,8 @@ def paper_row(run, titles):
     With every pair complete `unpaired` does not count, and the first of what they give is taken.
     """
     cells, name = {}, paper_name(run)
-    for dataset, model, unpaired, column, numbers in PAPER:
+    rows = getattr(data.benchmark(run["dataset"]), "PAPER", ())
+    for dataset, model, unpaired, column, numbers in rows:
         series = dict(zip((1, 1 / 2, 1 / 4, 1 / 8, 1 / 16), numbers.split()))
         same = run["paired"] == 1 or unpaired == run["unpaired"]
         if (dataset, model) == (run["dataset"], name) and same and run["paired"] in series:
@@ -1106,452 +627,53 @@ def notes(results):
         lines.append(f"Trained on the first {limit:,} examples only (--limit): {folders}.")
     for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
         lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
-    if "ranks" in results[0]:
-        for name in ("frequency", "random"):
-            rank = results[0][name]["rank"]
-            tops = ", ".join(f"top {k} {rank[f'top{k}']:.3f}" for k in (1, 5, 10, 20))
-            what = {"frequency": "Every bit by its frequency in training", "random": "Random order"}
-            lines.append(f"{what[name]}: {tops}, median rank {rank['median']:.1f}.")
-        for r in results:
-            ranks = ", ".join(f"{rank:g}" for rank in sorted(r["ranks"].values()))
-            lines.append(f"Ranks of the true candidates, {Path(r['folder']).name}: {ranks}.")
+    benchmark = data.benchmark(results[0]["run"]["dataset"])
+    if hasattr(benchmark, "notes"):
+        lines += benchmark.notes(results)
     if any("log_likelihood" in r and r["pseudo"] for r in results):
         lines.append("Bernoulli on grey values is a pseudo-likelihood: no density of the images.")
     return lines
 
 
-# ------------------------------------------------------------------------------------------ figures
-
-COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind too
-    "MEME": "#0072B2",
-    "SVAE": "#E69F00",
-    "VAEVAE": "#009E73",
-    "MMVAE": "#CC79A7",
-    "MVAE": "#D55E00",
-}
-UNPAIRED, PAIRED, WRONG = "#56B4E9", "#E69F00", "#D55E00"
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the charts need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def title(run):
-    return f"{run.args['model']} · {run.args['dataset']} · f = {run.args['paired']:g}"
-
-
-def canvas(images, height, width):
-    """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour."""
-    x = images.clamp(0, 1).expand(-1, 3, -1, -1)
-    tall, wide = height - x.shape[2], width - x.shape[3]
-    return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=1)
-
-
-def page(rows, heading, path, read=None):
-    """An image file with a row per (label, images (n, C, H, W)).
-
-    read: per row the digits to write beside the images and whether the other modality of the same
-    z agrees, both (n,); bold and red where it does not.
-    """
-    from torchvision.utils import make_grid
-
-    plt = pyplot()
-    height, width = (max(images.shape[k] for _, images in rows) for k in (2, 3))
-    margin, columns = 0 if read is None else 12, len(rows[0][1])
-    tiles = torch.cat([canvas(images, height, width) for _, images in rows])
-    tiles = F.pad(tiles, (0, margin), value=1)
-    grid = make_grid(tiles, nrow=columns, pad_value=1).permute(1, 2, 0).cpu()
-    down, across = height + 2, width + margin + 2
-    size = 0.014 * grid.shape[1] + 1.3, 0.014 * grid.shape[0] + 0.4
-    figure, ax = plt.subplots(figsize=size)
-    ax.imshow(grid.numpy())
-    middle = [2 + height / 2 + down * k for k in range(len(rows))]
-    ax.set_yticks(middle, [label for label, _ in rows])
-    ax.set_xticks([])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    for y, (digits, agree) in zip(middle, read or []):
-        for k, (digit, fits) in enumerate(zip(digits.tolist(), agree.tolist())):
-            style = dict(color="k") if fits else dict(color=WRONG, weight="bold")
-            ax.text(across * k + width + 8, y, digit, ha="center", va="center", size=8, **style)
-    ax.set_title(heading, size=10)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
-@torch.no_grad()
-def generations(model, dataset):
-    """A column per digit, and per modality shown the rows input, generated from itself, generated
-    in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
-
-    Split images: two rows per subset of the parts, what is shown and the image regenerated from
-    it: [poe] Figs. 3, 4.
-    """
-    split, names, rows = dataset.test, dataset.names, []
-    labels = split.labels.tolist()
-    index = torch.tensor([labels.index(digit) for digit in sorted(set(labels))])
-    xs = split[index]
-    for name, shown in subsets(names).items():
-        means = model.decode(model.posterior(*data.show(split, shown, index)).sample())
-        if dataset.name in nets.BANDS:
-            whole = views(dataset)["image"]
-            seen = [x if s else torch.full_like(x, 0.5) for x, s in zip(xs, shown)]
-            rows += [(name, whole(seen)), ("→ image", whole(means))]
-        elif sum(shown) == 1:
-            m = shown.index(True)
-            rows += [(name, xs[m]), (f"{name} → {name}", means[m])]
-            rows += [(f"{name} → {names[k]}", means[k]) for k in range(len(names)) if k != m]
-    return rows
-
-
-def side_by_side(pages):
-    """The same test images through several models, a row each: what is shown, then what every model
-    makes of it in another modality, or of the parts.
-
-    pages: {model: generations' rows} -> list of (label, images (n, C, H, W))
-    """
-    rows = []
-    for k, (label, images) in enumerate(next(iter(pages.values()))):
-        source, arrow, target = label.partition("→")
-        if not arrow:
-            rows.append((label, images))
-        elif source.strip() != target.strip():
-            rows += [(f"{target.strip()}, {name}", page[k][1]) for name, page in pages.items()]
-    return rows
-
-
-@torch.no_grad()
-def joint_samples(model, dataset, oracles, columns=10, lines=5):
-    """Samples of the prior, what is made from one z one below the other: [poe] Figs. 3, 5.
-
-    -> list of (label, images (n, C, H, W)), and for each what the oracle reads and whether all
-    oracles read that, both (n,); None without oracles
-    """
-    rows, read = [], []
-    for _ in range(lines):
-        means = model.decode(model.prior().sample((columns,)))
-        rows += [(name, view(means)) for name, view in views(dataset).items()]
-        if oracles:
-            digits = readings(means, dataset, oracles)
-            agree = (digits == digits[0]).all(0)
-            read += [(digit, agree) for digit in digits]
-    return rows, read or None
-
-
-@torch.no_grad()
-def distances(model, split, a, b, n=500):
-    """W2 between q(z|x_a) and q(z|x_b) of n random examples that differ in x_a. -> (n, n), index"""
-    index = torch.from_numpy(np.unique(split.rows[a].cpu(), return_index=True)[1])
-    index, moments = index[torch.randperm(len(index))[:n]], []
-    for m in (a, b):
-        shown = [k == m for k in range(len(split.bases))]
-        q = model.posterior(*data.show(split, shown, index))
-        moments += [q.mean.double().cpu().numpy(), q.stddev.double().cpu().numpy()]
-    mean_a, std_a, mean_b, std_b = moments  # each (n, L)
-    return np.stack([w2(mu, std, mean_b, std_b) for mu, std in zip(mean_a, std_a)]), index
-
-
-def relatedness(run, dataset, path):
-    """[meme] Figs. 8 and 9 for the first two modalities: W2 of related and unrelated pairs, between
-    the classes, and the classes' average-linkage tree. Related: the same label, or, without labels,
-    the same example."""
-    plt = pyplot()
-    a, b = dataset.names[:2]
-    d, index = distances(run.model, dataset.test, 0, 1)
-    labels = np.arange(len(d))
-    if dataset.test.labels is not None:
-        labels = dataset.test.labels[index].cpu().numpy()
-    same, classes = labels[:, None] == labels, np.unique(labels)
-    panels = 3 if 1 < len(classes) <= 20 else 1
-    size = (4.5 * panels, 3.8)
-    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
-    for pairs, label, colour in ((~same, "unrelated", UNPAIRED), (same, "related", PAIRED)):
-        axes[0, 0].hist(d[pairs], 50, density=True, alpha=0.7, label=label, color=colour)
-    axes[0, 0].set(xlabel=f"W2 of q(z|{a}), q(z|{b})", ylabel="density")
-    axes[0, 0].legend()
-    if panels == 3:
-        members = [labels == c for c in classes]
-        between = np.array([[d[np.ix_(i, j)].mean() for j in members] for i in members])
-        image = axes[0, 1].imshow(between, cmap="cividis")
-        axes[0, 1].set(xlabel=b, ylabel=a, xticks=range(len(classes)), yticks=range(len(classes)))
-        axes[0, 1].set(xticklabels=classes, yticklabels=classes)
-        figure.colorbar(image, ax=axes[0, 1], label="mean W2")
-        tree(between, classes, axes[0, 2])
-    figure.suptitle(title(run))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def tree(between, classes, ax):
-    """A dendrogram of the classes; the distances a -> b and b -> a are averaged."""
-    try:
-        from scipy.cluster.hierarchy import dendrogram, linkage
-    except ImportError:
-        raise ValueError("the dendrogram needs scipy: pip install scipy") from None
-    symmetric = (between + between.T) / 2
-    condensed = symmetric[np.triu_indices(len(classes), 1)]
-    dendrogram(linkage(condensed, "average"), labels=classes, ax=ax, link_color_func=lambda _: "k")
-    ax.set_ylabel("mean W2")
-
-
-@torch.no_grad()
-def latent_map(run, dataset, path, n=1000):
-    """[meme] Figs. 19, 20: z ~ q(z|x_m) of every modality in the plane, by t-SNE, or, without
-    scikit-learn, PCA."""
-    plt = pyplot()
-    index = torch.arange(min(n, len(dataset.test)))
-    shown = singles(dataset.names).values()
-    z = np.concatenate([latent_samples(run.model, dataset.test, s, index) for s in shown])
-    try:
-        from sklearn.manifold import TSNE
-
-        plane, method = TSNE(random_state=0).fit_transform(z), "t-SNE"
-    except ImportError:
-        centred = z - z.mean(0)
-        plane, method = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T, "PCA"
-    labels = np.tile(dataset.test.labels[index].cpu(), len(dataset.names))
-    size = dict(figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
-    figure, (left, right) = plt.subplots(1, 2, **size)
-    colours = (PAIRED, *COLOURS.values())[: len(dataset.names)]
-    for name, part, colour in zip(dataset.names, np.split(plane, len(dataset.names)), colours):
-        left.scatter(*part.T, 8, color=colour, alpha=0.6, lw=0, label=name)
-    left.legend(markerscale=2)
-    left.set_title("modality")
-    for k, label in enumerate(np.unique(labels)):  # a label is its own marker
-        colour, marker = plt.get_cmap("tab10")(k % 10), f"${label}$"
-        right.scatter(*plane[labels == label].T, 25, color=colour, marker=marker, lw=0, alpha=0.8)
-    right.set_title("label")
-    figure.suptitle(f"{title(run)} · samples of the posterior of each modality, {method}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def gradient_noise(run, dataset, path, draws=30, examples=64):
-    """[meme] Fig. 10: |mean| / std of every entry of MEME's gradient, with and without that of w.
-
-    Mean and std are over draws of z, for one batch of test examples.
-    """
-    plt = pyplot()
-    model, xs = run.model, dataset.test[torch.arange(min(examples, len(dataset.test)))]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-    parts = [list(getattr(model, part).parameters()) for part in ("encoders", "decoders")]
-    sizes = [sum(weight.numel() for weight in part) for part in parts]
-    model.kl = "sample"  # eq. (6) as printed, of which eq. (7) is the gradient
-    for full in (False, True):
-        model.full_gradient = full
-        name, colour = ("eq. (7)", PAIRED) if full else ("w detached", UNPAIRED)
-        total, squares = 0, 0
-        for _ in range(draws):
-            gradient = torch.autograd.grad(model.objective(*xs), sum(parts, []))
-            gradient = torch.cat([g.flatten() for g in gradient]).double()
-            total, squares = total + gradient, squares + gradient**2
-        mean = total / draws
-        std = (squares / draws - mean**2).clamp_min(0).sqrt()
-        for ax, m, s in zip(axes, mean.split(sizes), std.split(sizes)):
-            ratio = (m.abs() / s)[s > 0].log10().cpu().clamp(-4, 2)
-            label = f"{name}, median {10 ** ratio.median().item():.2g}"
-            ax.hist(ratio, 60, alpha=0.7, label=label, color=colour, density=True)
-    for ax, part in zip(axes, ("encoders", "decoders")):
-        ax.set(xlabel="log10 |mean| / std of a gradient entry", title=part)
-        ax.legend(loc="upper left", fontsize=8)
-    model.full_gradient, model.kl = (run.args["options"][k] for k in ("full_gradient", "kl"))
-    axes[0].set_ylabel("density")
-    figure.suptitle(f"{title(run)} · signal to noise of the gradient")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def curves(results, folder, against="paired"):
-    """Every metric against a flag, the paired fraction: a line per model and setting, mean and
-    spread over seeds.
-
-    One figure per data set with two values of the flag or more ([meme] Figs. 5-7, 21, 22; [poe]
-    Figs. 6-9).
-    """
-    plt = pyplot()
-    for name in dict.fromkeys(r["run"]["dataset"] for r in results):
-        groups = grouped(r for r in results if r["run"]["dataset"] == name)
-        settings = [setting(group[0]) for group in groups]
-        values = [s[against] for s in settings if s.get(against) is not None]
-        if not values or not all(isinstance(value, int | float) for value in values):
-            raise ValueError(f"--against {against}: no flag of these runs with numbers as values")
-        ticks = set(values)
-        if len(ticks) < 2:
-            continue
-        lines = {}  # (model and flags, unpaired, f): {value of the flag: {title: numbers}}
-        told = ("paired", "unpaired", "epoch" if against == "epochs" else against)
-        labels = row_names(groups, told)
-        for label, own, group in zip(labels, settings, groups):
-            if against in own:
-                cells = [columns(r) for r in group]
-                points = {t: [c.get(t, math.nan) for c in cells] for t in cells[0]}
-                f = None if against == "paired" else own["paired"]
-                lines.setdefault((label, own["unpaired"], f), {})[own[against]] = points
-        if against == "paired":  # a run on whole pairs is the end of every line of its model but
-            same = [key for key in lines if key[1] != "all"]  # "all", which has single streams too
-            ends = {key[0]: lines[key][1] for key in same if 1 in lines[key]}
-            whole = [key for key in same if set(lines[key]) == {1}]
-            for key in same:
-                if key not in whole and key[0] in ends:
-                    lines[key].setdefault(1, ends[key[0]])
-            for key in whole:  # drawn as the end of another line
-                if any(other[0] == key[0] for other in same if other not in whole):
-                    del lines[key]
-        titles = list(dict.fromkeys(t for line in lines.values() for p in line.values() for t in p))
-        width = min(4, len(titles))
-        height = -(-len(titles) // width)
-        size = dict(figsize=(3.2 * width, 2.6 * height + 0.6), layout="constrained")
-        figure, axes = plt.subplots(height, width, squeeze=False, **size)
-        for ax, metric in zip(axes.flat, titles):
-            of_model = {}  # how many lines of a model, which has one colour, are drawn
-            for (label, unpaired, f), line in lines.items():
-                model = label.split()[0]
-                k = of_model[model] = of_model.get(model, -1) + 1
-                x = sorted(value for value in line if metric in line[value])
-                mean = np.array([np.mean(line[value][metric]) for value in x])
-                spread = [line[value][metric] for value in x]
-                std = np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in spread])
-                colour, dash = COLOURS.get(model, "k"), ("-", "--", ":", "-.")[k % 4]
-                name_of_line = " ".join([label, unpaired, *([] if f is None else [f"f = {f:g}"])])
-                ax.plot(x, mean, "os^Dv"[k % 5], ls=dash, color=colour, ms=4, label=name_of_line)
-                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-            ax.set(xscale="log", title=metric.replace("\\", ""))
-            ax.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
-            ax.minorticks_off()
-        for ax in axes.flat[len(titles) :]:
-            ax.set_axis_off()
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        axis = "the paired fraction f" if against == "paired" else against.replace("_", "-")
-        figure.suptitle(f"{Path(name).stem} · against {axis}, mean ± std over seeds")
-        figure.savefig(folder / f"{Path(name).stem}-{against.replace('_', '-')}.png", dpi=150)
-        plt.close(figure)
-
-
-@torch.no_grad()
-def draw_spectra(run, dataset, path, n=4):
-    """[poe] Fig. 11 A-C: test spectra, and below each molecule's bits those that are predicted."""
-    plt = pyplot()
-    index = torch.linspace(0, len(dataset.test) - 1, n).long()
-    spectra, bits = (dataset.test.take(m, index).cpu().numpy() for m in (0, 1))
-    p = predict_bits(run.model, lambda k: dataset.test.take(0, index[k]), n, samples=20)
-    scores = tanimoto(p > 0.5, bits > 0.5)
-    size = dict(figsize=(11, 1.9 * n + 0.5), squeeze=False, layout="constrained")
-    figure, axes = plt.subplots(n, 2, **size)
-    for (left, right), spectrum, bit, guess, score in zip(axes, spectra, bits, p, scores):
-        peaks, ones = spectrum.nonzero()[0], bit.nonzero()[0]
-        left.vlines((peaks + 0.5) / 10, 0, spectrum[peaks], color="k", lw=0.8)
-        left.set(xlim=(0, 1100), ylim=(0, 1.05), ylabel="√ intensity")
-        right.vlines(ones, 0, 1, color=PAIRED, lw=0.7, label="the molecule's")
-        right.vlines(range(len(guess)), 0, -guess, color=UNPAIRED, lw=0.7, label="predicted, p")
-        right.axhline(0, color="k", lw=0.5)
-        right.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], yticklabels=[1, 0, 1])
-        right.set_title(f"Tanimoto {score:.2f}", loc="right", size=9)
-    axes[-1, 0].set_xlabel("m/z")
-    axes[-1, 1].set_xlabel("bit of the fingerprint")
-    lines = axes[0, 1].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower right", ncols=2)
-    figure.suptitle(f"{title(run)} · test spectra and fingerprints")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def draw_cub(run, dataset, path, root="./data", n=6):
-    """Photos and captions of n test pairs with what each generates ([meme] Fig. 4, [poe] Fig. 10),
-    to an image file.
-
-    A generated photo is the training photo whose features are nearest to the generated ones.
-    """
-    from PIL import Image
-
-    plt, model = pyplot(), run.model
-    device = next(model.parameters()).device
-    files, test, words = data.cub_photos(root), dataset.test, dataset.words
-    chosen = torch.linspace(0, len(test.bases[0]) - 1, n).long()  # photos, evenly over the species
-    index = torch.tensor([int((test.rows[0].cpu() == row).nonzero()[0, 0]) for row in chosen])
-    image, caption = test.to(device)[index.to(device)]
-    columns = [("photo", "photo", [files["test"][row] for row in chosen])]
-    for xs, name in (((image, None), "photo"), ((None, caption), "caption")):
-        features, tokens = model.decode(model.posterior(*xs).sample())
-        nearest = nearest_photos(features, dataset.train.bases[0])
-        if name == "caption":
-            columns.append(("caption", "text", [caption_text(t.cpu(), words) for t in caption]))
-        columns.append((f"{name} → photo", "photo", [files["train"][row] for row in nearest]))
-        texts = [caption_text(t, words) for t in tokens.argmax(-1).cpu()]
-        columns.append((f"{name} → caption", "text", texts))
-    rows, size = len(chosen), (2.2 * len(columns), 2.2 * len(chosen))
-    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
-    figure.suptitle(title(run))
-    for column, (head, kind, contents) in zip(axes.T, columns):
-        column[0].set_title(head)
-        for axis, content in zip(column, contents):
-            axis.axis("off")
-            if kind == "text":
-                text = textwrap.fill(content, 24, max_lines=9, placeholder=" …")
-                axis.text(0.5, 0.5, text, ha="center", va="center", size=9)
-                continue
-            try:
-                with Image.open(content) as photo:
-                    axis.imshow(photo.convert("RGB")).axes.set_adjustable("datalim")
-            except OSError:
-                axis.text(0.5, 0.5, f"{content.name}\nis not there", ha="center", size=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def top_k_figure(results, path):
-    """[poe] Fig. 11 D: top-k curves of runs, of the bit frequencies and of random order."""
-    plt = pyplot()
-    first = next(iter(results.values()))
-    sizes = np.array(list(first["sizes"].values()))
-    ks = np.unique(np.geomspace(1, sizes.max(), 400).round().astype(int))
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, result in results.items():
-        axes.step(ks, top_k(list(result["ranks"].values()), ks), where="post", label=name)
-    baseline = top_k(list(first["frequency"]["ranks"].values()), ks)
-    axes.step(ks, baseline, "--", where="post", color="0.45", label="bit frequencies")
-    axes.plot(ks, random_top_k(sizes, ks), ":", color="black", label="random order")
-    axes.set(xscale="log", xlabel="k", ylabel="true candidate among the first k", ylim=(0, 1.02))
-    axes.set_title(f"{len(sizes)} challenges, {sizes.min():,} to {sizes.max():,} candidates")
-    axes.legend(frameon=False, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+# ------------------------------------------------------------------------------- figures of runs
 
 
 def draw(run, dataset, oracles, folder, root, seed=0):
     """All figures of one run, named after it. -> generations' rows, of labelled images"""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    name, rows = run.folder.resolve().name, []
+    heading, rows = drawing.title(run), []
+
+    def path(what):
+        return folder / f"{run.folder.resolve().name}-{what}.png"
+
     images = all(len(b.shape) == 4 and b.shape[1] in (1, 3) for b in dataset.test.bases)
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
-        heading = f"{title(run)} · samples of p(z)"
+        above = f"{heading} · samples of p(z)"
         pairs = run.args["paired"] == 1 and run.args["unpaired"] != "all" and dataset.mask is None
         if run.args["model"] == "MEME" and pairs:
-            heading += "\n(of pseudo-samples, which whole pairs do not train)"
-        page(joint, heading, folder / f"{name}-joint.png", read)
+            above += "\n(of pseudo-samples, which whole pairs do not train)"
+        drawing.page(joint, above, path("joint"), read)
     if dataset.test.labels is not None:
         if images:
             rows = generations(run.model, dataset)
-            page(rows, title(run), folder / f"{name}-generation.png")
-        latent_map(run, dataset, folder / f"{name}-latent.png")
-    if dataset.name == "cub":
-        draw_cub(run, dataset, folder / f"{name}-generation.png", root)
-    if dataset.name == "spectra":
-        draw_spectra(run, dataset, folder / f"{name}-generation.png")
+            drawing.page(rows, heading, path("generation"))
+        z, labels = latent_points(run.model, dataset)
+        drawing.latent_map(z, labels, dataset.names, heading, path("latent"))
+    benchmark = data.benchmark(dataset.name)
+    if hasattr(benchmark, "draw"):
+        benchmark.draw(run, dataset, root, path("generation"))
+    if hasattr(benchmark, "evaluate"):  # what is measured and shown there is all its own
         return rows
-    relatedness(run, dataset, folder / f"{name}-relatedness.png")
+    d, index = distances(run.model, dataset.test, 0, 1)
+    labels = np.arange(len(d))  # related is the same label, or, without labels, the same example
+    if dataset.test.labels is not None:
+        labels = dataset.test.labels[index].cpu().numpy()
+    drawing.relatedness(d, labels, dataset.names[:2], heading, path("relatedness"))
     if hasattr(run.model, "full_gradient"):
-        gradient_noise(run, dataset, folder / f"{name}-gradient.png")
+        xs = dataset.test[torch.arange(min(64, len(dataset.test)))]
+        drawing.gradient_histogram(gradient_ratios(run.model, xs), heading, path("gradient"))
     return rows
 
 
@@ -1567,13 +689,66 @@ def draw_models(results, pages, folder):
         firsts = [min(group, key=lambda r: r["run"]["seed"])["folder"] for group in groups]
         rows = dict(zip(row_names(groups, ["paired"]), (pages[folder] for folder in firsts)))
         if len(rows) > 1:
-            heading = f"{name} · f = {most:g}"
-            page(side_by_side(rows), heading, folder / f"{Path(name).stem}-models.png")
+            path = folder / f"{Path(name).stem}-models.png"
+            drawing.page(drawing.side_by_side(rows), f"{name} · f = {most:g}", path)
+
+
+def curves(results, folder, against="paired"):
+    """Every metric against a flag, the paired fraction: a line per model and setting, mean and
+    spread over seeds.
+
+    One figure per data set with two values of the flag or more ([meme] Figs. 5-7, 21, 22; [poe]
+    Figs. 6-9).
+    """
+    flag = against.replace("_", "-")
+    axis = "the paired fraction f" if against == "paired" else flag
+    for name in dict.fromkeys(r["run"]["dataset"] for r in results):
+        groups = grouped(r for r in results if r["run"]["dataset"] == name)
+        values = [value for g in groups if (value := setting(g[0]).get(against)) is not None]
+        if not values or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"--against {against}: no flag of these runs with numbers as values")
+        if len(set(values)) > 1:
+            lines, stem = lines_of(groups, against), Path(name).stem
+            drawing.curves(lines, f"{stem} · against {axis}", folder / f"{stem}-{flag}.png")
+
+
+def lines_of(groups, against):
+    """The runs of a data set by model and setting. groups: of grouped
+    -> list of (model, label, {value of the flag: {title of a column: numbers}})"""
+    lines = {}  # (model and flags, unpaired, f): {value of the flag: ...}
+    told = ("paired", "unpaired", "epoch" if against == "epochs" else against)
+    for label, group in zip(row_names(groups, told), groups):
+        own, cells = setting(group[0]), [columns(r) for r in group]
+        if own.get(against) is not None:
+            points = {t: [c.get(t, math.nan) for c in cells] for t in cells[0]}
+            f = None if against == "paired" else own["paired"]
+            lines.setdefault((label, own["unpaired"], f), {})[own[against]] = points
+    if against == "paired":  # a run on whole pairs is the end of every line of its model but
+        same = [key for key in lines if key[1] != "all"]  # "all", which has single streams too
+        ends = {key[0]: lines[key][1] for key in same if 1 in lines[key]}
+        whole = [key for key in same if set(lines[key]) == {1}]
+        for key in same:
+            if key not in whole and key[0] in ends:
+                lines[key].setdefault(1, ends[key[0]])
+        for key in whole:  # drawn as the end of another line
+            if any(other[0] == key[0] for other in same if other not in whole):
+                del lines[key]
+    found = []
+    for (label, unpaired, f), line in lines.items():
+        words = [label, unpaired, *([] if f is None else [f"f = {f:g}"])]
+        found.append((label.split()[0], " ".join(words), line))
+    return found
+
+
+def compare(results, folder):
+    """The figures that a data set has of its own for several runs."""
+    for name in dict.fromkeys(r["run"]["dataset"] for r in results):
+        benchmark = data.benchmark(name)
+        if hasattr(benchmark, "compare"):
+            benchmark.compare([r for r in results if r["run"]["dataset"] == name], folder)
 
 
 # -------------------------------------------------------------------------- python eval.py runs/...
-
-DIGITS = ("glyphs", "mnist-svhn", *nets.BANDS)  # the data sets that oracles judge
 
 
 def prepare(name, root, device):
@@ -1582,7 +757,7 @@ def prepare(name, root, device):
     dataset = data.load(name, root)
     dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
     found = {}
-    if name in DIGITS:
+    if hasattr(data.benchmark(name), "views"):
         found = {view: load_oracle(dataset, view, root) for view in views(dataset)}
     oracles = {view: oracle for view, (oracle, _) in found.items()}
     return dataset, oracles, {view: accuracy for view, (_, accuracy) in found.items()}
@@ -1594,6 +769,28 @@ def grey_bernoulli(model, dataset):
     return any(m.likelihood == "bernoulli" and base.dtype != torch.bool for m, base in pairs)
 
 
+def measure(run, dataset, oracles, accuracies, root, args):
+    """What metrics.json of a run holds. ValueError if it was trained on other data. -> dict"""
+    fits = [run.args["spec"].get(k) == dataset.spec.get(k) for k in ("shapes", "vocabulary")]
+    if not all(fits) or run.args.get("note", "") != dataset.note:
+        raise ValueError(f"{run.folder} was trained on other data than {dataset.name} holds now")
+    print(f"evaluating {run.folder} ...", file=sys.stderr)
+    examples = len(dataset.test) if args.full else min(100, len(dataset.test))
+    examples = 0 if args.no_likelihoods else examples
+    metrics = evaluate(run.model, dataset, oracles, examples, args.samples, args.seed, root)
+    return metrics | {
+        "oracle": accuracies,
+        "data": f"{dataset.name}: {dataset.note}" if dataset.note else dataset.name,
+        "run": run.args,
+        "folder": str(run.folder),
+        "epoch": run.epoch,
+        "minutes": run.minutes,
+        "samples": args.samples,
+        "examples": examples,
+        "pseudo": grey_bernoulli(run.model, dataset),
+    }
+
+
 def finite(value):
     """JSON has no NaN: None in its place."""
     if isinstance(value, dict):
@@ -1601,14 +798,7 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def count(text):
-    """An argparse type."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 on")
-    return int(text)
-
-
-def main(argv=None):
+def parser(usual):
     p = argparse.ArgumentParser(
         description="Evaluate runs: writes metrics.json into each, prints a table, draws figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -1617,52 +807,36 @@ def main(argv=None):
     p.add_argument("--figures", metavar="DIR", type=Path, help="draw the figures into this folder")
     p.add_argument("--data", metavar="DIR", help="folder of the data sets, if not that of the run")
     p.add_argument("--seed", type=int, default=0, help="of the latent samples")
-    p.add_argument("--samples", type=count, default=1000, help="K of the likelihoods")
+    p.add_argument("--samples", type=data.at_least(1), default=1000, help="K of the likelihoods")
     p.add_argument("--full", action="store_true", help="likelihoods of all test examples, not 100")
     p.add_argument("--no-likelihoods", action="store_true", help="leave them out: they are slow")
     p.add_argument("--paper", action="store_true", help="the papers' numbers in the table, too")
     p.add_argument("--against", default="paired", help="the flag on the curves' x-axis")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", default=usual, choices=["cuda", "cpu"])
+    return p
+
+
+def main(argv=None):
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    p = parser(usual)
     args = p.parse_args(argv)
     if args.device == "cuda" and usual == "cpu":
         p.error("this PyTorch finds no CUDA device: use --device cpu")
-
     prepared, results, pages, failed = {}, [], {}, False
     for folder in {Path(folder).resolve(): folder for folder in args.runs}.values():
         try:
             run = load_run(folder, args.device)
-            where = run.args["dataset"], args.data or run.args["data"]
-            if where not in prepared:
-                prepared[where] = prepare(*where, args.device)
-            dataset, oracles, accuracies = prepared[where]
-            fits = [
-                run.args["spec"].get(k) == dataset.spec.get(k) for k in ("shapes", "vocabulary")
-            ]
-            if not all(fits) or run.args.get("note", "") != dataset.note:
-                raise ValueError(f"{folder} was trained on other data than {where[0]} holds now")
-            print(f"evaluating {folder} ...", file=sys.stderr)
-            examples = len(dataset.test) if args.full else min(100, len(dataset.test))
-            examples = 0 if args.no_likelihoods else examples
-            options = examples, args.samples, args.seed, where[1]
-            metrics = evaluate(run.model, dataset, oracles, *options)
-            metrics |= {
-                "oracle": accuracies,
-                "data": f"{dataset.name}: {dataset.note}" if dataset.note else dataset.name,
-                "run": run.args,
-                "folder": str(run.folder),
-                "epoch": run.epoch,
-                "minutes": run.minutes,
-                "samples": args.samples,
-                "examples": examples,
-                "pseudo": grey_bernoulli(run.model, dataset),
-            }
+            name, root = run.args["dataset"], args.data or run.args["data"]
+            if (name, root) not in prepared:
+                prepared[name, root] = prepare(name, root, args.device)
+            metrics = measure(run, *prepared[name, root], root, args)
             results.append(metrics)
             text = json.dumps(finite(metrics), indent=1, ensure_ascii=False)
             data.replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
             if args.figures:
-                options = dataset, oracles, args.figures, where[1], args.seed
-                pages[metrics["folder"]] = draw(run, *options)
+                dataset, oracles, _ = prepared[name, root]
+                shown = draw(run, dataset, oracles, args.figures, root, args.seed)
+                pages[metrics["folder"]] = shown
         except KeyboardInterrupt:
             p.exit(130, f"\n{p.prog}: stopped; metrics.json of the runs before is written\n")
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of a Cholesky, say
@@ -1674,9 +848,7 @@ def main(argv=None):
         if results and args.figures:
             draw_models(results, pages, args.figures)
             curves(results, args.figures, args.against.replace("-", "_"))
-            ranked = {Path(r["folder"]).name: r for r in results if "ranks" in r}
-            if ranked:
-                top_k_figure(ranked, args.figures / "spectra-top-k.png")
+            compare(results, args.figures)
     except (ValueError, OSError) as error:
         print(f"{p.prog}: {error}", file=sys.stderr)
         failed = True

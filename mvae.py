@@ -10,22 +10,12 @@ Shapes: B examples, L latent dimensions. A missing modality is None. Every q_m i
 Run:    python mvae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .81 .87
 """
 
-import argparse
-import csv
-import io
-import json
 import math
-import os
-import signal
-import sys
-import time
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
-import data
 import nets
 
 DEFAULTS = {
@@ -49,23 +39,25 @@ def kl_to_prior(mu, logvar):
     return 0.5 * (mu**2 + torch.exp(logvar) - logvar - 1).sum(-1)
 
 
-def expert(mu, logvar):
-    """A factor of a product. Of variance exp(logvar) a flat one would get almost no gradient, and
-    stay flat: hence 1 + logvar where logvar > 0, and 0.1 more precision. -> mu, logvar"""
+def bounded(mu, logvar):
+    """N(mu, exp(logvar)) kept from going flat: one of infinite variance gets no gradient, and stays
+    so. The variance is 1 + logvar where logvar > 0, the precision 0.1 more. -> mu, logvar"""
     variance = torch.where(logvar > 0, 1 + logvar, torch.exp(logvar.clamp(max=1)))
     return mu, -(1 / variance + 0.1).log()
 
 
 class MVAE(nn.Module):
-    """subsets: how many random subsets join the objective when M > 2;
-    anneal: epochs until β is 1."""
+    """subsets: how many random subsets join the objective when M > 2; anneal: epochs until β is 1;
+    experts: "exact", N(mu, exp(logvar)), or "bounded", which do not die at high learning rates."""
 
-    def __init__(self, modalities, latent_dim, subsets=0, anneal=0):
+    def __init__(self, modalities, latent_dim, subsets=0, anneal=0, experts="bounded"):
         super().__init__()
         between = 2 ** len(modalities) - len(modalities) - 2  # neither none, one nor all of them
-        if subsets > between:
-            raise ValueError(f"--subsets {subsets}: {len(modalities)} modalities have {between}")
-        self.modalities, self.latent_dim = modalities, latent_dim
+        if not 0 <= subsets <= between or anneal < 0:
+            raise ValueError(f"subsets is an integer from 0 to {between}, anneal from 0 on")
+        if experts not in ("exact", "bounded"):
+            raise ValueError(f"experts is exact or bounded, not {experts!r}")
+        self.modalities, self.latent_dim, self.experts = modalities, latent_dim, experts
         self.subsets, self.anneal = subsets, anneal
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q_m(z|x_m)
         self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)  # p(x_m|z)
@@ -77,8 +69,10 @@ class MVAE(nn.Module):
 
     def encode(self, xs):
         """The expert of each modality. -> M times (mu, logvar), each (B, L), or None if missing"""
-        pairs = zip(self.encoders, xs)
-        return [None if x is None else expert(*encode(x)) for encode, x in pairs]
+        experts = [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+        if self.experts == "exact":
+            return experts
+        return [expert and bounded(*expert) for expert in experts]
 
     def product(self, experts):
         """Precisions add, the prior N(0, I) is one more expert, once. -> mu, logvar, each (B, L)"""
@@ -143,52 +137,128 @@ class MVAE(nn.Module):
         return log_w.logsumexp(0) - math.log(samples)
 
 
-# --------------------------------------------------------------- the loop, one text in five scripts
-
-FREE = set("epochs lr device amp compile data out resume".split())  # may change on --resume
+MODEL = MVAE
 
 
-def at_least(low):
-    """An argparse type: an integer from `low` on."""
-
-    def integer(text):
-        if not low <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text} is not an integer from {low} on")
-        return int(text)
-
-    return integer
+def options(flag):
+    """The flags of this model: its constructor's keyword arguments."""
+    flag("--subsets", type=int, default=0, help="random subsets in the objective, where M > 2")
+    flag("--experts", default="bounded", help="bounded, or exact: N(mu, exp(logvar))")
+    flag("--anneal", type=int, default=0, help="epochs until the weight of the KL is 1")
 
 
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return float(text)
+# ----------------------------------------------------------- the loop: one text in all five scripts
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import data
+
+FREE = set("epochs lr device amp compile data out resume options".split())  # free on --resume
 
 
-def write(path, content):
-    """Write bytes beside their place and rename, so that a kill leaves the old file or the new."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def parser(argv):
+    """-> a parser whose defaults are those of argv's data set, the names of the common flags"""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="glyphs")
+    chosen = first.parse_known_args(argv)[0].dataset
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag, count = p.add_argument, data.at_least(1)
+    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
+    flag("--data", default="./data", help="folder of the data sets")
+    flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
+    flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
+    flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
+    flag("--epochs", type=count, help="passes over the data")
+    flag("--batch-size", type=count, help="examples in a step, of all processes")
+    flag("--lr", type=data.positive, help="learning rate of Adam")
+    flag("--latent-dim", type=count, help="dimensions of z")
+    flag("--likelihoods", help="one per modality, as in laplace,laplace")
+    flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
+    flag("--width", type=data.positive, default=1.0, help="scales the layers of spectra")
+    flag("--seed", type=data.at_least(0), default=0, help="of pairing, weights, order and noise")
+    flag("--limit", type=count, help="only the first N training examples")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
+    flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
+    flag("--resume", action="store_true", help="continue the run in its folder")
+    common = set(vars(p.parse_args([])))
+    options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
+    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
+    return p, common
 
 
-def save(run, model, optimizer, epoch, log):
+def run_folder(p, args, common):
+    """Named after what makes the run."""
+    changed = {k: v for k, v in vars(args).items() if k not in common and v != p.get_default(k)}
+    name = [Path(__file__).stem, *(f"{k}={v}".replace("_", "-") for k, v in changed.items())]
+    name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
+    return Path(args.out or Path("runs", "-".join(name)))
+
+
+def build(p, args, common, world):
+    """-> dataset, streams, model, args.json. ValueError for what a user got wrong."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
+    if args.batch_size < world:
+        raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
+    dataset = data.load(args.dataset, args.data, args.limit)
+    asked = args.paired, args.unpaired
+    if dataset.mask is not None and asked != (p.get_default("paired"), p.get_default("unpaired")):
+        raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
+    streams = data.pairing(len(dataset.train), dataset.names, *asked, args.seed, dataset.mask)
+    spec = dataset.spec | {"width": args.width}
+    for key in ("likelihoods", "weights"):
+        spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
+    own = {key: value for key, value in vars(args).items() if key not in common}
+    torch.manual_seed(args.seed)
+    model = MODEL(nets.modalities(**spec), args.latent_dim, **own)
+    data.refuse_values(dataset, model.modalities)
+    if hasattr(model, "refuse_untrained"):
+        model.refuse_untrained([shown for shown, _ in streams])
+    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__, **vars(args)}
+    record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
+    return dataset, streams, model, record
+
+
+def start(args, model, train, streams, state, world):
+    """Model and optimizer on the device, as new or as in state. -> net, optimizer"""
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    net = model.to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    if "model" in state:
+        try:
+            model.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        except Exception as error:  # of other sizes or another model
+            raise ValueError(f"checkpoint.pt does not fit: {data.one_line(error)}") from None
+        optimizer.param_groups[0]["lr"] = args.lr
+    elif hasattr(model, "start_pseudo"):
+        model.start_pseudo(data.observed(train, streams, len(model.pseudo[0])))
+    if world > 1:  # a stream of one modality leaves the other decoders unused
+        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    return torch.compile(net) if args.compile else net, optimizer
+
+
+def save(run, model, optimizer, state):
     """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
-    checkpoint, table = io.BytesIO(), io.StringIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"epoch": epoch, "log": log}, checkpoint)
-    write(run / "checkpoint.pt", checkpoint.getbuffer())
-    rows = csv.DictWriter(table, log[0] if log else ["epoch"])
-    rows.writeheader()
-    rows.writerows(log)
-    write(run / "log.csv", table.getvalue().encode())
+    state = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    data.replace(run / "checkpoint.pt", lambda file: torch.save(state, file))
+    data.write_csv(run / "log.csv", state["log"])
 
 
 @torch.no_grad()
@@ -207,224 +277,110 @@ def nats(model, xs):
     return found
 
 
+def add(total, losses, step, names):
+    """total + the losses of the last steps, up to `step`. FloatingPointError: not finite."""
+    for at, (values, masks) in enumerate(losses, step + 1 - len(losses)):
+        for value, shown in zip(values.tolist(), masks):
+            total += value
+            if not math.isfinite(value):
+                what = "+".join(name for name, seen in zip(names, shown) if seen)
+                raise FloatingPointError(f"the loss of {what} is {value} in step {at}")
+    return total
+
+
+def train(args, run, model, net, optimizer, dataset, streams, state, rank, world):
+    """The epochs that are left. state: how many are done, and their log; kept up to date."""
+    split, names = dataset.train.to(args.device), dataset.names
+    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
+    shown, index = streams[0]
+    sample = data.show(split, shown, index[:256].to(args.device))  # for the nats of each epoch
+    done, first = state["epoch"], time.perf_counter()
+    for epoch in range(done + 1, args.epochs + 1):
+        seed = 1_000_003 * args.seed + epoch
+        torch.manual_seed(4_099 * seed + rank)  # the noise
+        order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
+        if hasattr(model, "start_epoch"):
+            model.start_epoch(epoch)
+        how = args.batch_size, args.sampling, order, rank, world
+        losses, total, began, tick = [], 0.0, time.perf_counter(), 0.0
+        for step, batch in enumerate(data.batches(split, streams, *how), 1):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                loss = net(batch)  # (S,)
+            optimizer.zero_grad(set_to_none=True)
+            loss.sum().backward()
+            optimizer.step()
+
+            losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))
+            now = time.perf_counter()
+            if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
+                total, losses, tick = add(total, losses, step, names), [], now
+                if rank == 0 and sys.stdout.isatty():
+                    left = (now - began) / step * (steps - step)
+                    print(f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" ")
+        if world > 1:  # the mean over ranks is the objective of the union of their batches
+            total = torch.tensor(total, device=args.device)
+            torch.distributed.all_reduce(total)
+            total = total.item() / world
+        if rank == 0:
+            seconds = time.perf_counter() - began
+            row = {"objective": -total / steps}
+            row |= {f"nats_{n}": value for n, value in zip(names, nats(model, sample))}
+            pace = {"examples_per_second": sum(sizes) * steps / seconds, "seconds": seconds}
+            state["log"].append({"epoch": epoch, **row, **pace})
+            save(run, model, optimizer, state | {"epoch": epoch})
+            text = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
+            left = (time.perf_counter() - first) / (epoch - done) * (args.epochs - epoch) / 60
+            text += f"  {pace['examples_per_second']:.0f} examples/s  {left:.1f} minutes left"
+            print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
+        state["epoch"] = epoch
+
+
 def main(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="glyphs")
-    chosen = first.parse_known_args(argv)[0].dataset
-    p = argparse.ArgumentParser(
-        prog=Path(__file__).name,
-        description=__doc__.splitlines()[0],
-        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = p.add_argument
-    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
-    flag("--data", default="./data", help="folder of the data sets")
-    flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
-    flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
-    flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
-    flag("--epochs", type=at_least(1), help="passes over the data")
-    flag("--batch-size", type=at_least(1), help="examples in a step, of all processes")
-    flag("--lr", type=positive, help="learning rate of Adam")
-    flag("--latent-dim", type=at_least(1), help="dimensions of z")
-    flag("--likelihoods", help="one per modality, as in laplace,laplace")
-    flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
-    flag("--width", type=positive, default=1.0, help="scales the layers of spectra")
-    flag("--seed", type=at_least(0), default=0, help="of pairing, weights, order and noise")
-    flag("--limit", type=at_least(1), help="only the first N training examples")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
-    flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
-    flag("--resume", action="store_true", help="continue the run in its folder")
-    common = set(vars(p.parse_args([])))
-    flag = p.add_argument_group("options of MVAE").add_argument  # this script only
-    flag("--subsets", type=at_least(0), default=0, help="if M > 2")  # this script only
-    flag("--anneal", type=at_least(0), default=0, help="epochs to beta = 1")  # this script only
-    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
+    p, common = parser(argv)
     args = p.parse_args(argv)
-
-    # The run folder is named after what makes the run, and a run in it is never overwritten.
-    name = [Path(__file__).stem]
-    for key, value in vars(args).items():
-        if key not in common and value != p.get_default(key):
-            name.append(f"{key}={value}".replace("_", "-"))
-    name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
-    run = Path(args.out or Path("runs", "-".join(name)))
+    run, saved, state = run_folder(p, args, common), {}, {"epoch": 0, "log": []}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    saved, state = {}, {}
-    if args.resume:
-        try:
-            saved = json.loads((run / "args.json").read_text())
-            p.set_defaults(
-                **{k: saved[k] for k in vars(args).keys() & saved.keys() - {"device", "out"}}
-            )
-            if (run / "checkpoint.pt").exists():  # else it was stopped before there was one
-                state = data.read_checkpoint(run / "checkpoint.pt")
-                if set(state) != {"model", "optimizer", "epoch", "log"}:
-                    raise ValueError("checkpoint.pt is not from a run")
-        except Exception as error:  # missing, cut short, never a run, or with code in it
-            reason = str(error).split("\n")[0].split(". ")[0]
-            p.error(f"{run} holds no run to resume ({type(error).__name__}: {reason})")
-        args = p.parse_args(argv)
-    elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
-        p.error(f"{run} holds a run: continue it with --resume, or name another folder with --out")
-
-    # Data and model. What a user got wrong is said in one sentence, before anything is written.
-    options = {key: value for key, value in vars(args).items() if key not in common}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
-        if args.batch_size < world:
-            raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
-        dataset = data.load(args.dataset, args.data, args.limit)
-        usual = p.get_default("paired"), p.get_default("unpaired")
-        if dataset.mask is not None and (args.paired, args.unpaired) != usual:
-            raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
-        asked = args.paired, args.unpaired, args.seed, dataset.mask
-        streams = data.pairing(len(dataset.train), dataset.names, *asked)
-        spec = dataset.spec | {"width": args.width}
-        for key in ("likelihoods", "weights"):
-            spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
-        torch.manual_seed(args.seed)
-        model = MVAE(nets.modalities(**spec), args.latent_dim, **options)  # this script only
-        data.refuse_values(dataset, model.modalities)
-    except (ValueError, OSError) as error:
-        p.error(str(error))
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # a CPU without memory raises no class of its own
-            raise
-        p.error("there is not enough memory for a model of these sizes")
-    except KeyboardInterrupt:
-        p.exit(130, f"\n{run}: stopped before its first step\n")
-    record = {
-        "version": 1,
-        "script": Path(__file__).stem,
-        "model": type(model).__name__,
-        **vars(args),
-    }
-    record |= {
-        "options": options,
-        "spec": spec,
-        "note": dataset.note,
-        "examples": len(dataset.train),
-    }
-    record = json.loads(json.dumps(record))
-    for key in record:
-        if args.resume and key not in FREE and saved.get(key) != record[key]:
-            p.error(
-                f"{run} has {key} {saved.get(key)}, not {record[key]}, which --resume cannot change"
-            )
-
-    start, log = state.get("epoch", 0), state.get("log", [])
-    if start > args.epochs:
-        p.error(f"{run} has {start} epochs already, more than --epochs {args.epochs}")
-    epoch = start
-    try:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        train, net = dataset.train.to(args.device), model.to(args.device)
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-        if state:
-            try:
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-            except Exception as error:  # of other sizes or another model
-                reason = " ".join(str(error).split("\n\t")[:2])[:300]  # the first of what differs
-                p.error(f"{run / 'checkpoint.pt'} does not fit this model: {reason}")
-            optimizer.param_groups[0]["lr"] = args.lr
-        if world > 1:  # a stream of one modality leaves the other decoders unused
-            net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-        if args.compile:
-            net = torch.compile(net)
-
-        sizes, steps = data.shares(streams, args.batch_size, args.sampling)
-        fullest, index = streams[0]
-        sample = data.show(
-            train, fullest, index[:256].to(args.device)
-        )  # for the nats of each epoch
-
-        began = time.perf_counter()
+        try:  # what a user got wrong is said in one sentence, before anything is written
+            if args.resume:
+                saved, state = data.read_run(run)
+                kept = vars(args).keys() & saved.keys() - {"device", "out"}
+                p.set_defaults(**{key: saved[key] for key in kept})
+                args = p.parse_args(argv)
+            elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
+                raise ValueError(f"{run} holds a run: add --resume, or name another with --out")
+            dataset, streams, model, record = build(p, args, common, world)
+            for key, new in record.items() if saved else ():
+                if key not in FREE and (old := saved.get(key, new)) != new:
+                    raise ValueError(f"{run} has {key} {old}, which --resume cannot make {new}")
+            if state["epoch"] > args.epochs:
+                raise ValueError(f"{run} has {state['epoch']} epochs, more than --epochs")
+            net, optimizer = start(args, model, dataset.train, streams, state, world)
+        except (ValueError, OSError) as error:
+            p.error(str(error))
         if rank == 0:
             run.mkdir(parents=True, exist_ok=True)
-            write(run / "args.json", json.dumps(record, indent=1).encode())
-            save(run, model, optimizer, start, log)
-            weights = sum(w.numel() for w in model.parameters())
-            print(f"{run}: {weights:,} weights, {len(train):,} examples", dataset.note, flush=True)
-        for epoch in range(start + 1, args.epochs + 1):
-            seed = 1_000_003 * args.seed + epoch
-            torch.manual_seed(4_099 * seed + rank)  # the noise
-            order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
-            losses, total, epoch_began, tick = [], 0.0, time.perf_counter(), 0.0
-            loader = data.batches(
-                train, streams, args.batch_size, args.sampling, order, rank, world
-            )
-            model.start_epoch(epoch)  # this script only
-            for step, batch in enumerate(loader, 1):
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                    loss = net(batch)  # (S,)
-                optimizer.zero_grad(set_to_none=True)
-                loss.sum().backward()
-                optimizer.step()
-
-                losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))
-                now = time.perf_counter()
-                if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
-                    for at, (values, masks) in enumerate(losses, step + 1 - len(losses)):
-                        for value, shown in zip(values.tolist(), masks):
-                            total += value
-                            if not math.isfinite(value):
-                                what = "+".join(n for n, seen in zip(dataset.names, shown) if seen)
-                                raise FloatingPointError(
-                                    f"the loss of {what} is {value} in step {at}"
-                                )
-                    losses, tick = [], now
-                    if rank == 0 and sys.stdout.isatty():
-                        left = (now - epoch_began) / step * (steps - step)
-                        print(
-                            f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" "
-                        )
-
-            if world > 1:  # the mean over ranks is the objective of the union of their batches
-                total = torch.tensor(total, device=args.device)
-                torch.distributed.all_reduce(total)
-                total = total.item() / world
-            if rank == 0:
-                seconds = time.perf_counter() - epoch_began
-                speed = sum(sizes) * steps / seconds
-                row = {"epoch": epoch, "objective": -total / steps}
-                row |= {f"nats_{n}": value for n, value in zip(dataset.names, nats(model, sample))}
-                log.append(row | {"examples_per_second": speed, "seconds": seconds})
-                save(run, model, optimizer, epoch, log)
-                left = (time.perf_counter() - began) / (epoch - start) * (args.epochs - epoch)
-                text = "  ".join(
-                    f"{key} {value:.2f}" for key, value in row.items() if key != "epoch"
-                )
-                text += f"  {speed:.0f} examples/s  {left / 60:.1f} minutes left"
-                print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
+            data.write_json(run / "args.json", record)
+            save(run, model, optimizer, state)
+            size = f"{sum(w.numel() for w in model.parameters()):,} weights"
+            print(run, size, f"{len(dataset.train):,} examples", dataset.note, sep="  ", flush=True)
+        train(args, run, model, net, optimizer, dataset, streams, state, rank, world)
+        if world > 1:
+            torch.distributed.destroy_process_group()
+    except KeyboardInterrupt:
+        go_on = "add --resume to go on" if (run / "args.json").exists() else "before its first step"
+        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {go_on}\n")
     except FloatingPointError as error:
-        p.exit(
-            2, f"\n{run}: epoch {epoch}: {error}; epoch {epoch - 1} is kept: --resume --lr less\n"
-        )
-    except RuntimeError as error:
-        if "allocate" in str(error):
-            why = f"not enough memory for a step in epoch {epoch}: smaller --batch-size"
-        elif args.compile:
-            why = f"with --compile: {data.one_line(error)}; go on without: --resume --no-compile"
-        else:
-            raise
-        p.exit(2, f"\n{run}: {why}\n")
+        p.exit(2, f"\n{run}: epoch {state['epoch'] + 1}: {error}; go on with --resume --lr less\n")
     except OSError as error:
         p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"\n{run}: stopped in epoch {epoch}; add --resume to go on\n")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if "allocate" in str(error):  # a CPU without memory raises no class of its own
+            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, or a smaller model\n")
+        if args.compile:
+            p.exit(2, f"\n{run}: {data.one_line(error)}; go on with --resume --no-compile\n")
+        raise
     if rank == 0:
         print(f"python eval.py {run}")
 

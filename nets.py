@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LIKELIHOODS = ("bernoulli", "laplace", "normal", "categorical")
 PAD = 1  # the index of <pad> in every vocabulary: padding is not scored
 MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 1/scale^2 explodes
 
@@ -57,6 +58,10 @@ def log_prob(modality, parameter, x):
         x = x.expand_as(parameter)
         cross_entropy = F.binary_cross_entropy_with_logits(parameter, x, reduction="none")
         return -cross_entropy.sum(features)
+    if modality.likelihood not in ("laplace", "normal"):
+        raise ValueError(
+            f"the likelihood {modality.likelihood!r} is none of {', '.join(LIKELIHOODS)}"
+        )
     error = (x - parameter) / modality.scale
     if modality.likelihood == "laplace":
         return (-error.abs() - math.log(2 * modality.scale)).sum(features)
@@ -297,7 +302,6 @@ def caption_decoder(embedding, latent_dim):
 # --------------------------------------------------------------------------- data set -> modalities
 
 BANDS = {"mnist-split": ("top", "bottom"), "mnist-split3": ("top", "middle", "bottom")}
-LIKELIHOODS = ("bernoulli", "laplace", "normal", "categorical")
 
 
 def modalities(name, shapes=None, vocabulary=None, width=1.0, likelihoods=None, weights=None):

@@ -1,0 +1,275 @@
+"""Figures: arrays in, image files out. What stands in them was computed elsewhere.
+
+matplotlib, scipy (the dendrogram) and scikit-learn (t-SNE) are imported where they are used: who
+draws nothing needs none of them.
+"""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind too
+    "MEME": "#0072B2",
+    "SVAE": "#E69F00",
+    "VAEVAE": "#009E73",
+    "MMVAE": "#CC79A7",
+    "MVAE": "#D55E00",
+}
+UNPAIRED, PAIRED, WRONG = "#56B4E9", "#E69F00", "#D55E00"
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the charts need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish(figure, path, heading=None, **options):
+    """A figure -> an image file; the figure is closed."""
+    if heading:
+        figure.suptitle(heading)
+    figure.savefig(path, **{"dpi": 150, **options})
+    pyplot().close(figure)
+
+
+def title(run):
+    """The heading of a figure of one run."""
+    return f"{run.args['model']} · {run.args['dataset']} · f = {run.args['paired']:g}"
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def canvas(images, height, width):
+    """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour."""
+    x = images.clamp(0, 1).expand(-1, 3, -1, -1)
+    tall, wide = height - x.shape[2], width - x.shape[3]
+    return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=1)
+
+
+def page(rows, heading, path, read=None):
+    """An image file with a row per (label, images (n, C, H, W)).
+
+    read: per row the digits to write beside the images and whether the other modality of the same
+    z agrees, both (n,); bold and red where it does not.
+    """
+    from torchvision.utils import make_grid
+
+    height, width = (max(images.shape[k] for _, images in rows) for k in (2, 3))
+    margin, columns = 0 if read is None else 12, len(rows[0][1])
+    tiles = torch.cat([canvas(images, height, width) for _, images in rows])
+    tiles = F.pad(tiles, (0, margin), value=1)
+    grid = make_grid(tiles, nrow=columns, pad_value=1).permute(1, 2, 0).cpu()
+    down, across = height + 2, width + margin + 2
+    size = 0.014 * grid.shape[1] + 1.3, 0.014 * grid.shape[0] + 0.4
+    figure, ax = pyplot().subplots(figsize=size)
+    ax.imshow(grid.numpy())
+    middle = [2 + height / 2 + down * k for k in range(len(rows))]
+    ax.set_yticks(middle, [label for label, _ in rows])
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for y, (digits, agree) in zip(middle, read or []):
+        for k, (digit, fits) in enumerate(zip(digits.tolist(), agree.tolist())):
+            style = dict(color="k") if fits else dict(color=WRONG, weight="bold")
+            ax.text(across * k + width + 8, y, digit, ha="center", va="center", size=8, **style)
+    ax.set_title(heading, size=10)
+    finish(figure, path, bbox_inches="tight")
+
+
+def side_by_side(pages):
+    """The same test images through several models, a row each: what is shown, then what every model
+    makes of it in another modality, or of the parts.
+
+    pages: {model: rows of a page}, labelled "a" where shown, "a → b" or "→ b" where generated
+    -> list of (label, images (n, C, H, W))
+    """
+    rows = []
+    for k, (label, images) in enumerate(next(iter(pages.values()))):
+        source, arrow, target = label.partition("→")
+        if not arrow:
+            rows.append((label, images))
+        elif source.strip() != target.strip():
+            rows += [(f"{target.strip()}, {name}", page[k][1]) for name, page in pages.items()]
+    return rows
+
+
+def sheet(columns, heading, path):
+    """An image file with columns of photos and texts. columns: list of (title, contents), the same
+    number in each; a Path is a photo's, a string is text"""
+    from PIL import Image
+
+    rows, size = len(columns[0][1]), (2.2 * len(columns), 2.2 * len(columns[0][1]))
+    figure, axes = pyplot().subplots(rows, len(columns), figsize=size, squeeze=False)
+    for column, (head, contents) in zip(axes.T, columns):
+        column[0].set_title(head)
+        for ax, content in zip(column, contents):
+            ax.axis("off")
+            if not isinstance(content, Path):
+                text = textwrap.fill(content, 24, max_lines=9, placeholder=" …")
+                ax.text(0.5, 0.5, text, ha="center", va="center", size=9)
+                continue
+            try:
+                with Image.open(content) as photo:
+                    ax.imshow(photo.convert("RGB")).axes.set_adjustable("datalim")
+            except OSError:
+                ax.text(0.5, 0.5, f"{content.name}\nis not there", ha="center", size=7)
+    finish(figure, path, heading, dpi=120, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------------------------------- charts
+
+
+def relatedness(d, labels, names, heading, path):
+    """[meme] Figs. 8 and 9: d (n, n), distances of q(z|x_a), q(z|x_b), of related and of unrelated
+    pairs, between the classes, and the classes' average-linkage tree.
+
+    labels (n,): related are those with the same label. names: of the two modalities a, b
+    """
+    same, classes = labels[:, None] == labels, np.unique(labels)
+    panels = 3 if 1 < len(classes) <= 20 else 1
+    size = dict(figsize=(4.5 * panels, 3.8), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(1, panels, **size)
+    for pairs, label, colour in ((~same, "unrelated", UNPAIRED), (same, "related", PAIRED)):
+        axes[0, 0].hist(d[pairs], 50, density=True, alpha=0.7, label=label, color=colour)
+    a, b = names
+    axes[0, 0].set(xlabel=f"W2 of q(z|{a}), q(z|{b})", ylabel="density")
+    axes[0, 0].legend()
+    if panels == 3:
+        members = [labels == c for c in classes]
+        between = np.array([[d[np.ix_(i, j)].mean() for j in members] for i in members])
+        image = axes[0, 1].imshow(between, cmap="cividis")
+        axes[0, 1].set(xlabel=b, ylabel=a, xticks=range(len(classes)), yticks=range(len(classes)))
+        axes[0, 1].set(xticklabels=classes, yticklabels=classes)
+        figure.colorbar(image, ax=axes[0, 1], label="mean W2")
+        tree(between, classes, axes[0, 2])
+    finish(figure, path, heading)
+
+
+def tree(between, classes, ax):
+    """A dendrogram of the classes; the distances a -> b and b -> a are averaged."""
+    try:
+        from scipy.cluster.hierarchy import dendrogram, linkage
+    except ImportError:
+        raise ValueError("the dendrogram needs scipy: pip install scipy") from None
+    symmetric = (between + between.T) / 2
+    condensed = symmetric[np.triu_indices(len(classes), 1)]
+    dendrogram(linkage(condensed, "average"), labels=classes, ax=ax, link_color_func=lambda _: "k")
+    ax.set_ylabel("mean W2")
+
+
+def latent_map(z, labels, names, heading, path):
+    """[meme] Figs. 19, 20: points z (M n, L), those of one modality after those of another, in the
+    plane, by t-SNE, or, without scikit-learn, PCA. labels (M n,); names: of the M modalities"""
+    plt = pyplot()
+    try:
+        from sklearn.manifold import TSNE
+
+        plane, method = TSNE(random_state=0).fit_transform(z), "t-SNE"
+    except ImportError:
+        centred = z - z.mean(0)
+        plane, method = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T, "PCA"
+    size = dict(figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, **size)
+    colours = (PAIRED, *COLOURS.values())[: len(names)]
+    for name, part, colour in zip(names, np.split(plane, len(names)), colours):
+        left.scatter(*part.T, 8, color=colour, alpha=0.6, lw=0, label=name)
+    left.legend(markerscale=2)
+    left.set_title("modality")
+    for k, label in enumerate(np.unique(labels)):  # a label is its own marker
+        colour, marker = plt.get_cmap("tab10")(k % 10), f"${label}$"
+        right.scatter(*plane[labels == label].T, 25, color=colour, marker=marker, lw=0, alpha=0.8)
+    right.set_title("label")
+    finish(figure, path, f"{heading} · samples of the posterior of each modality, {method}")
+
+
+def gradient_histogram(ratios, heading, path):
+    """[meme] Fig. 10. ratios: {"w detached": {"encoders": (n,), "decoders": (n,)}, "eq. (7)": ...},
+    tensors of log10 |mean| / std of the gradient's entries"""
+    size = dict(figsize=(9, 3.5), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, **size)
+    for (name, parts), colour in zip(ratios.items(), (UNPAIRED, PAIRED)):
+        for ax, (part, ratio) in zip(axes, parts.items()):
+            label = f"{name}, median {10 ** ratio.median().item():.2g}"
+            ax.hist(ratio, 60, alpha=0.7, label=label, color=colour, density=True)
+            ax.set(xlabel="log10 |mean| / std of a gradient entry", title=part)
+    for ax in axes:
+        ax.legend(loc="upper left", fontsize=8)
+    axes[0].set_ylabel("density")
+    finish(figure, path, f"{heading} · signal to noise of the gradient")
+
+
+def curves(lines, heading, path):
+    """A panel per metric, against a number: a line per setting, mean and spread over its runs.
+
+    lines: list of (model, label, {number: {metric: values of the runs}})
+    """
+    ticks = sorted({x for _, _, line in lines for x in line})
+    metrics = list(dict.fromkeys(t for _, _, line in lines for at in line.values() for t in at))
+    width = min(4, len(metrics))
+    height = -(-len(metrics) // width)
+    size = dict(figsize=(3.2 * width, 2.6 * height + 0.6), layout="constrained")
+    figure, axes = pyplot().subplots(height, width, squeeze=False, **size)
+    for ax, metric in zip(axes.flat, metrics):
+        of_model = {}  # how many lines of a model, which has one colour, are drawn
+        for model, label, line in lines:
+            k = of_model[model] = of_model.get(model, -1) + 1
+            x = sorted(value for value in line if metric in line[value])
+            values = [line[value][metric] for value in x]
+            mean = np.array([np.mean(v) for v in values])
+            std = np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])
+            colour, dash = COLOURS.get(model, "k"), ("-", "--", ":", "-.")[k % 4]
+            ax.plot(x, mean, "os^Dv"[k % 5], ls=dash, color=colour, ms=4, label=label)
+            ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        ax.set(xscale="log", title=metric.replace("\\", ""))
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    finish(figure, path, f"{heading}, mean ± std over seeds")
+
+
+def fingerprints(spectra, most, bits, p, scores, heading, path):
+    """[poe] Fig. 11 A-C: spectra (n, bins) from m/z 0 to `most`; beside each, above its molecule's
+    bits (n, D), below their predicted probabilities p (n, D); scores (n,): their Tanimoto"""
+    n = len(spectra)
+    size = dict(figsize=(11, 1.9 * n + 0.5), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(n, 2, **size)
+    for (left, right), spectrum, bit, guess, score in zip(axes, spectra, bits, p, scores):
+        peaks, ones = spectrum.nonzero()[0], bit.nonzero()[0]
+        left.vlines((peaks + 0.5) * most / len(spectrum), 0, spectrum[peaks], color="k", lw=0.8)
+        left.set(xlim=(0, most), ylim=(0, 1.05), ylabel="√ intensity")
+        right.vlines(ones, 0, 1, color=PAIRED, lw=0.7, label="the molecule's")
+        right.vlines(range(len(guess)), 0, -guess, color=UNPAIRED, lw=0.7, label="predicted, p")
+        right.axhline(0, color="k", lw=0.5)
+        right.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], yticklabels=[1, 0, 1])
+        right.set_title(f"Tanimoto {score:.2f}", loc="right", size=9)
+    axes[-1, 0].set_xlabel("m/z")
+    axes[-1, 1].set_xlabel("bit of the fingerprint")
+    lines = axes[0, 1].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower right", ncols=2)
+    finish(figure, path, heading)
+
+
+def top_k(ks, runs, frequency, random, heading, path):
+    """[poe] Fig. 11 D. runs: {name: shares (K,) at the ks (K,)}; frequency, random (K,): the shares
+    that they are compared with"""
+    figure, ax = pyplot().subplots(figsize=(6, 4))
+    for name, shares in runs.items():
+        ax.step(ks, shares, where="post", label=name)
+    ax.step(ks, frequency, "--", where="post", color="0.45", label="bit frequencies")
+    ax.plot(ks, random, ":", color="black", label="random order")
+    ax.set(xscale="log", xlabel="k", ylabel="true candidate among the first k", ylim=(0, 1.02))
+    ax.set_title(heading)
+    ax.legend(frameon=False, loc="upper left")
+    figure.tight_layout()
+    finish(figure, path)

@@ -1,0 +1,194 @@
+"""Classifiers of digits: what a model generates, is it still the digit it was shown?
+
+Each is trained on the real images of a data set, once, and kept in root/oracles. Its last layer
+can also be a Gaussian process, which says how much it doubts an image.
+
+Shapes: B images of a batch, N of a split, D features, P inducing points, C = 10 classes, K samples.
+"""
+
+import hashlib
+import math
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+
+RECIPE = 1  # to be raised when what follows changes: oracles kept from before are trained anew
+
+
+class Oracle(nn.Module):
+    """A digit classifier: images (B, channels, H, W) in [0, 1] -> logits (B, 10). H, W >= 24.
+
+    Every image is scaled to one contrast first. `information` replaces the last layer by a Gaussian
+    process, which knows what it has not seen.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        layers, a, width = [], channels, 16 if channels == 1 else 32
+        for b in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2)]
+            layers += [nn.BatchNorm2d(b), nn.ReLU()]
+            a = b
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(3), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(9 * a, 10))
+        self.process = GaussianProcess(9 * a)
+
+    def features(self, x):
+        x = x - x.mean((1, 2, 3), keepdim=True)
+        return self.trunk(x / (x.std((1, 2, 3), keepdim=True) + 0.1))  # (B, D)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+    def information(self, x):
+        return self.process.information(self.features(x))
+
+
+class GaussianProcess(nn.Module):
+    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2).
+
+        f_c ~ GP(0, k),  k(h, h') = s² exp(-|h - h'|² / 2l²),  p(y|f) = softmax(f)_y,  c = 1..10
+        q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)
+        ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
+
+    h (B, D): features; Z: the inducing points. What the paper leaves open: 100 inducing points,
+    started at training features and learned; one s and one l, started at 3 and the median distance;
+    5 samples of f in training; the features stay as the oracle has learned them.
+    """
+
+    def __init__(self, features, classes=10, points=100):
+        super().__init__()
+        self.inducing = nn.Parameter(torch.zeros(points, features))  # Z
+        self.mean = nn.Parameter(torch.zeros(classes, points))  # m
+        self.root = nn.Parameter(torch.eye(points).repeat(classes, 1, 1))  # S, its lower triangle
+        self.log_scale = nn.Parameter(torch.tensor(math.log(3.0)))  # log s
+        self.log_length = nn.Parameter(torch.tensor(0.0))  # log l
+
+    def kernel(self, a, b):
+        centre = self.inducing.mean(0)  # near zero the next line cancels less
+        a, b = a - centre, b - centre
+        squared = ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clamp_min(0)
+        return torch.exp(2 * self.log_scale - 0.5 * squared * torch.exp(-2 * self.log_length))
+
+    def forward(self, h):
+        """Mean and standard deviation of every f_c(h), each (B, C)."""
+        z, s2 = self.inducing, torch.exp(2 * self.log_scale)
+        jitter = 1e-4 * s2 * torch.eye(len(z), device=h.device)
+        chol = torch.linalg.cholesky(self.kernel(z, z) + jitter)  # L
+        a = torch.linalg.solve_triangular(chol, self.kernel(z, h), upper=False)  # (P, B)
+        variance = s2 - (a**2).sum(0) + ((self.root.tril().mT @ a) ** 2).sum(1)  # (C, B)
+        return (self.mean @ a).T, variance.clamp_min(1e-6).sqrt().T
+
+    def elbo(self, h, y, n, samples=5):
+        """Nats, for a batch of n training images; samples: of f."""
+        mean, std = self(h)
+        f = mean + std * torch.randn(samples, *mean.shape, device=h.device)  # (K, B, C)
+        log_p = f.log_softmax(-1).mean(0)[torch.arange(len(y)), y].mean()
+        root = self.root.tril()
+        log_det = root.diagonal(dim1=1, dim2=2).abs().log().sum()
+        kl = 0.5 * ((self.mean**2).sum() + (root**2).sum() - self.mean.numel()) - log_det
+        return n * log_p - kl
+
+    def fit(self, h, y, steps=500, batch_size=500):
+        """Features h (N, D) and labels y (N,) of the training images."""
+        chosen = h[torch.randperm(len(h))[: len(self.inducing)]]
+        self.inducing.data[: len(chosen)] = chosen
+        self.log_length.data = torch.pdist(chosen).median().clamp_min(1).log()
+        optimizer = torch.optim.Adam(self.parameters(), 0.01)
+        for _ in range(steps):
+            index = torch.randint(len(h), (batch_size,))
+            loss = -self.elbo(h[index], y[index], len(h)) / len(h)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def information(self, h, samples=100):
+        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)], nats: high where f is in doubt. -> (B,)"""
+        mean, std = self(h)
+        p = (mean + std * torch.randn(samples, *mean.shape, device=h.device)).softmax(-1)
+        entropy = torch.special.entr(p).sum(-1).mean(0)
+        return torch.special.entr(p.mean(0)).sum(-1) - entropy
+
+
+def each(names):
+    """Every modality by itself, as a data set's views(). -> {name: function of the M modalities}"""
+    return {name: lambda xs, m=m: xs[m] for m, name in enumerate(names)}
+
+
+def train_oracle(split, view, steps=1000, batch_size=128):
+    """Adam with one rise and fall of the step size, on images shifted by up to 2 pixels.
+    -> Oracle in eval mode"""
+    torch.manual_seed(0)
+    device = split.labels.device
+    oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
+    optimizer = torch.optim.AdamW(oracle.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        index = torch.randint(len(split), (batch_size,))
+        x = F.pad(view(split[index]), (2, 2, 2, 2), mode="replicate")
+        top, left = torch.randint(5, (2,)).tolist()
+        x = x[..., top : top + x.shape[-2] - 4, left : left + x.shape[-1] - 4]
+        loss = F.cross_entropy(oracle(x), split.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        data.progress("oracle", step, 1, steps, start)
+    oracle.eval()
+    index = torch.randperm(len(split))[:10_000]
+    with torch.no_grad():
+        h = torch.cat([oracle.features(view(split[i])) for i in index.split(500)])
+    oracle.process.fit(h, split.labels[index], min(steps, 500))
+    return oracle
+
+
+def load_oracle(dataset, name, root, steps=1000):
+    """The oracle of one of the data set's views, from root/oracles, where it is kept once trained.
+    -> Oracle, its test accuracy
+
+    The file holds a digest of all that it was made from: other images, labels or settings, and it
+    is made anew.
+    """
+    view = data.benchmark(dataset.name).views(dataset)[name]
+    path = data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
+    device = dataset.test.labels.device
+    digest = hashlib.sha256(f"recipe {RECIPE}, {steps} steps".encode())
+    for split in (dataset.train, dataset.test):
+        for tensor in (*split.bases, *split.rows, split.labels):
+            digest.update(tensor.cpu().contiguous().numpy())
+    try:
+        saved = data.read_checkpoint(path, device)
+        if saved["digest"] == digest.hexdigest():
+            oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
+            oracle.load_state_dict(saved["oracle"])
+            return oracle.to(device).eval(), float(saved["accuracy"])
+    except Exception:  # there is none yet, or it is damaged
+        pass
+    print(f"training the oracle of {dataset.name}, {name} ...", file=sys.stderr)
+    oracle = train_oracle(dataset.train, view, steps)
+    accuracy = shared(digits(oracle, view, dataset.test), dataset.test.labels)
+    saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.replace(path, lambda file: torch.save(saved, file))
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): not kept", file=sys.stderr)
+    return oracle, accuracy
+
+
+@torch.no_grad()
+def digits(oracle, view, split):
+    """What the oracle reads in the real images of a split. -> (N,)"""
+    parts = torch.arange(len(split)).split(500)
+    return torch.cat([oracle(view(split[index])).argmax(-1) for index in parts])
+
+
+def shared(a, b):
+    """The share of equal entries."""
+    return (a == b).double().mean().item()

@@ -1,0 +1,353 @@
+"""Small data sets, runs and models that several files of tests need."""
+
+import io
+import itertools
+import os
+import socket
+import sys
+import tarfile
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.distributions import Independent, Normal
+
+import data
+import meme
+import mmvae
+import mvae
+import nets
+import svae
+import vaevae
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {script.__name__: script for script in (meme, svae, vaevae, mmvae, mvae)}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # to the same bits, and fit to be forked
+torch.set_num_threads(1)  # tiny models: threads would wait for each other
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def train(script, *flags, **named):
+    """A script's main, with flags as they are typed or by name: batch_size=8, resume=True."""
+    for key, value in named.items():
+        flags += (f"--{key.replace('_', '-')}", *(() if value is True else (value,)))
+    SCRIPTS[script].main([str(flag) for flag in flags])
+
+
+def refused(script, *flags, code=2, **named):
+    with pytest.raises(SystemExit) as stopped:
+        train(script, *flags, **named)
+    assert stopped.value.code == code
+
+
+def checkpoint(run):
+    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+
+
+def weights(run):
+    return checkpoint(run)["model"]
+
+
+def same(a, b):
+    """Equal weights, to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def forked(call, *args):
+    """A process that does it. -> its id"""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            call(*args)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def ended(*pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """A user's data of two modalities: 5 floats and 4 bits that depend on one latent number."""
+    rng, found = np.random.default_rng(0), {}
+    for part, n in (("train", 96), ("test", 32)):
+        z = rng.normal(size=(n, 1))
+        found[f"{part}_0"] = (z + 0.1 * rng.normal(size=(n, 5))).astype(np.float32)
+        found[f"{part}_1"] = z + 0.1 * rng.normal(size=(n, 4)) > 0
+    np.savez(tmp_path / "own.npz", **found)
+    return tmp_path / "own.npz"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three short runs of mvae on a labelled .npz: two of one setting, one with half of the pairs."""
+    rng = np.random.default_rng(0)
+    found = {f"{part}_labels": rng.integers(3, size=60) for part in ("train", "test")}
+    for part, m in itertools.product(("train", "test"), range(2)):
+        noise = rng.standard_normal((60, 3 + 2 * m)).astype("f4")
+        found[f"{part}_{m}"] = noise + 3 * found[f"{part}_labels"][:, None]
+    np.savez(tmp_path / "own.npz", **found)
+    flags = dict(dataset=tmp_path / "own.npz", latent_dim=4, epochs=2, lr=1e-6)
+    folders = [tmp_path / f"run{k}" for k in range(3)]
+    for run, seed, paired in zip(folders, (0, 1, 0), (1.0, 1.0, 0.5)):
+        train("mvae", **flags, data=tmp_path, seed=seed, paired=paired, out=run)
+        (run / "log.csv").unlink()
+    return folders
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+def tiny(n=10):
+    """n examples of two modalities: k and 100 + k."""
+    return data.Split([torch.arange(n).float()[:, None], 100 + torch.arange(n).float()[:, None]])
+
+
+def images(name, n=2):
+    """Random images of a data set's shapes."""
+    return [torch.rand(n, *m.shape) for m in nets.modalities(name)]
+
+
+def offline(*args, **kwargs):
+    raise OSError("no network")
+
+
+def save_arrays(path, *xs, **more):
+    """A user's .npz of two splits with the same examples. -> its path"""
+    parts = {f"{part}_{k}": x for part in ("train", "test") for k, x in enumerate(xs)}
+    np.savez(path, **parts, **more)
+    return path
+
+
+def write_idx(folder, stem, images, labels):
+    """MNIST's two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = [0x803, *images.shape], [0x801, len(labels)]
+    for what, head, array in zip(("images-idx3", "labels-idx1"), heads, (images, labels)):
+        content = np.array(head, ">i4").tobytes() + array.tobytes()
+        (folder / f"{stem}-{what}-ubyte").write_bytes(content)
+
+
+@pytest.fixture
+def small_root(tmp_path):
+    """A data folder with 60 + 20 digits of noise, as MNIST and SVHN are laid out."""
+    rng, found = np.random.default_rng(0), {}
+    for stem, n in (("train", 60), ("t10k", 20)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        noise = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        write_idx(tmp_path / "MNIST" / "raw", stem, noise, labels)
+    for part, n in (("train", 45), ("test", 30)):
+        found[f"{part}_x"] = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
+        found[f"{part}_y"] = np.arange(n) % 10
+    np.savez(tmp_path / "svhn.npz", **found)
+    return tmp_path
+
+
+def archive(path, folder, extra=()):
+    """A .tgz of a folder, if any, and of members with their content."""
+    with tarfile.open(path, "w:gz") as tar:
+        if folder is not None:
+            tar.add(folder, folder.name)
+        for member, content in extra:
+            tar.addfile(member, None if content is None else io.BytesIO(content))
+
+
+# --------------------------------------------------------------------------------------------- CUB
+
+CAPTIONS = ["this bird has a Red belly, and red-tipped wings.", "the bird's beak is small."]
+SPECIES = [("train", "001.Albatross"), ("train", "002.Ani"), ("test", "003.Auklet")]
+
+
+def photo(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((100, 80)).save(path)
+
+
+def shi(root):
+    """Three species with two photos each, Shi et al.'s layout."""
+    cub = root / "cub"
+    for split, name, k in [(split, name, k) for split, name in SPECIES for k in range(2)]:
+        photo(cub / split / name / f"{k}.jpg", 10 * int(name[:3]) + k)
+    (cub / "text_trainvalclasses.txt").write_text("\n".join(CAPTIONS * 20) + "\n")
+    (cub / "text_testclasses.txt").write_text("\n".join(CAPTIONS * 10) + "\n")
+    return cub
+
+
+def originals(root):
+    """The same in the layout of the original archives."""
+    cub = root / "cub"
+    for name, k in [(name, k) for _, name in SPECIES for k in range(2)]:
+        photo(cub / "CUB_200_2011" / "images" / name / f"{k}.jpg", 10 * int(name[:3]) + k)
+        text = cub / "text_c10" / name / f"{k}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n".join(f"{name} {k} {line}" for line in CAPTIONS * 5) + "\n")
+    (cub / "trainclasses.txt").write_text("001.Albatross\n")
+    (cub / "valclasses.txt").write_text("002.Ani\r\n")
+    (cub / "testclasses.txt").write_text("003.Auklet\n")
+    return cub
+
+
+def packed_originals(tmp_path):
+    """Their two archives' folders, as they unpack. -> the folder that holds both"""
+    source = originals(tmp_path / "source")
+    (source / "cvpr2016_cub").mkdir()
+    for path in [source / "text_c10", *source.glob("*classes.txt")]:
+        path.rename(source / "cvpr2016_cub" / path.name)
+    return source
+
+
+class Pooled(nn.Module):
+    """In the place of ResNet-101: 2,048 numbers of a photo, with a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        h = nn.functional.adaptive_avg_pool2d(self.norm(x), 26).flatten(1)
+        return torch.cat([h, h[:, :20]], 1)
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    monkeypatch.setattr("benchmarks.cub.resnet", lambda weights: Pooled().eval())
+
+
+# ----------------------------------------------------------------------------------------- spectra
+
+MOLECULES = {  # SMILES of small molecules with their real InChIKeys
+    "CCO": "LFQSCWFLJHTTHZ-UHFFFAOYSA-N",
+    "CC(=O)O": "QTBSBXVTEAMEQO-UHFFFAOYSA-N",
+    "c1ccccc1": "UHOVQNZJYSORNB-UHFFFAOYSA-N",
+    "CC(N)C(=O)O": "QNAYBMKLOCPYGJ-UHFFFAOYSA-N",
+    "CN1C=NC2=C1C(=O)N(C(=O)N2C)C": "RYYVLZVUVIJVGH-UHFFFAOYSA-N",
+    "CC(C)=O": "CSCPPACGZOOCGX-UHFFFAOYSA-N",
+}
+RECORD = """Name: made up
+InChIKey: {key}
+SMILES: {smiles}
+Precursor_type: [M+H]+
+Spectrum_type: MS2
+Instrument_type: LC-ESI-QFT
+Ion_mode: P
+Num Peaks: {n}
+{peaks}
+
+"""
+
+
+def record(smiles, peaks="57.07 100\n71.08 25", key=None, **changed):
+    key = MOLECULES.get(smiles, "") if key is None else key
+    text = RECORD.format(smiles=smiles, key=key, peaks=peaks, n=len(peaks.splitlines()))
+    for field, value in changed.items():
+        lines = text.splitlines(keepends=True)
+        text = "".join(f"{field}: {value}\n" if x.startswith(f"{field}:") else x for x in lines)
+    return text
+
+
+def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
+    """Challenges of the true compound `truth`, each with three candidates, two of them
+    stereoisomers."""
+    files = {"mgf": folder / "c.mgf"}
+    files |= {name: folder / f"{name}.csv" for name in ("candidates", "truth")}
+    ions = "BEGIN IONS\nTITLE={}\nPEPMASS=47\n57.07 10\n1200 5\nEND IONS\n\n"
+    files["mgf"].write_text("".join(map(ions.format, ids)))
+    answers = "".join(f"{i},{MOLECULES[truth]}\n" for i in ids)
+    files["truth"].write_text("id,inchikey\n" + answers)
+    rows = [
+        ("C[C@H](N)C(=O)O", "QNAYBMKLOCPYGJ-REOHCLBHSA-N"),
+        (truth, MOLECULES[truth]),
+        ("C[C@@H](N)C(=O)O", "QNAYBMKLOCPYGJ-UWTATZPHSA-N"),
+        ("c1ccccc1", MOLECULES["c1ccccc1"]),
+        ("C1CC(", "ZZZZZZZZZZZZZZ-UHFFFAOYSA-N"),
+    ]
+    lists = "".join(f"{i},{key},{s}\n" for i in candidate_ids or ids for s, key in rows)
+    files["candidates"].write_text("id,inchikey,smiles\n" + lists)
+    return files
+
+
+# ------ a data set whose pixels spell the label, its oracle, models that decode what they like
+
+SHAPES = [(1, 28, 28), (3, 32, 32)]
+
+
+def toy(name="mnist-svhn", n=600, seed=0):
+    shapes = {"mnist-split": [(1, 14, 28)] * 2, "mnist-split3": [(1, 9, 28)] * 3}.get(name, SHAPES)
+
+    def split(n, seed):
+        labels = torch.randint(10, (n,), generator=torch.Generator().manual_seed(seed))
+        digits = (25 * labels).byte()[:, None, None, None]
+        return data.Split([digits.expand(-1, *s).clone() for s in shapes], labels=labels)
+
+    names = {"mnist-svhn": ("mnist", "svhn"), **nets.BANDS}[name]
+    return data.Dataset(name, split(n, seed), split(n // 2, seed + 1), {"name": name}, names)
+
+
+class Reader(nn.Module):
+    """An oracle of toy images: mean grey / 25 * 255 is the digit."""
+
+    def forward(self, x):
+        digit = (x.mean((1, 2, 3)) * 255 / 25).round()
+        return -((digit[:, None] - torch.arange(10)) ** 2)
+
+    def information(self, x):
+        return x.mean((1, 2, 3))
+
+
+class Perfect(nn.Module):
+    """z[0] is the label, exactly; `says` maps it to what modality m shows."""
+
+    def __init__(self, shapes, says=lambda m, digit: digit):
+        super().__init__()
+        self.shapes, self.says = shapes, says
+
+    def posterior(self, *xs):
+        seen = [x for x in xs if x is not None]
+        digit = seen[0].mean((1, 2, 3)) * 255 / 25
+        mean = torch.stack([digit, torch.zeros_like(digit)], 1)
+        return Independent(Normal(mean, torch.tensor([1e-3, 1.0]).expand_as(mean)), 1)
+
+    def prior(self):
+        digit = lambda shape: torch.randint(10, shape).float()  # noqa: E731
+        return SimpleNamespace(sample=lambda s: torch.stack([digit(s), torch.randn(s)], -1))
+
+    def decode(self, z):
+        said = [self.says(m, z[..., 0].round()) * 25 / 255 for m in range(len(self.shapes))]
+        return [x[..., None, None, None].expand(*x.shape, *s) for x, s in zip(said, self.shapes)]
+
+    def log_likelihood(self, *xs, samples, given=None):
+        x = next(x for x in xs if x is not None)
+        return torch.full((len(x),), -1.0 if given is None else -0.5)
+
+
+READERS = {"mnist": Reader(), "svhn": Reader()}

@@ -1,0 +1,242 @@
+"""Pairing masks, batches, the data sets of digits, a user's own arrays, archives and downloads."""
+
+import io
+import itertools
+import math
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from benchmarks import digits
+from benchmarks.glyphs import glyphs
+from helpers import MOLECULES, archive, offline, record, shi, tiny
+
+AB = "a", "b"
+EXTRA = {"split": [250, 250], "b": [500], "all": [1000, 1000], "rest": [500, 500], "none": []}
+
+
+# ------------------------------------------------------------------------------ pairing and batches
+
+
+@pytest.mark.parametrize("unpaired", EXTRA)
+def test_pairing_counts(unpaired):
+    streams, again, other = (data.pairing(1000, AB, 0.5, unpaired, seed=k) for k in (1, 1, 2))
+    assert [len(index) for _, index in streams] == [500, *EXTRA[unpaired]]
+    assert streams[0][0] == (True, True) and all(sum(mask) == 1 for mask, _ in streams[1:])
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(streams, again))
+    assert not torch.equal(streams[0][1], other[0][1])
+    rest = torch.cat([index for _, index in streams[1:]] or [torch.empty(0)])
+    assert torch.isin(rest, streams[0][1]).any() == (unpaired == "all")
+
+
+def test_a_mask_of_the_data_makes_its_patterns_the_streams():
+    mask = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]]).bool()
+    streams = {shown: index.tolist() for shown, index in data.pairing(4, AB, mask=mask)}
+    assert streams == {(True, True): [0, 2], (False, True): [1], (True, False): [3]}
+    with pytest.raises(ValueError, match="example 1"):
+        data.pairing(2, AB, mask=torch.tensor([[1, 0], [0, 0]]).bool())
+
+
+def epoch(n, paired, unpaired, size, sampling, rank=0, world=1, seed=0):
+    """Steps of [(weight, xs, what xs shows), ...] of tiny(n)."""
+    streams = data.pairing(n, AB, paired, unpaired, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    steps = data.batches(tiny(n), streams, size, sampling, generator, rank, world)
+    return [[(w, xs, tuple(x is not None for x in xs)) for w, xs in step] for step in steps]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_natural_sampling_is_unbiased(world):
+    split, streams = tiny(10), data.pairing(10, AB, 0.3, "a", seed=0)
+    value, total, steps = {(True, True): 1.0, (True, False): 10.0}, 0, 3
+    exactly = sum(value[shown] * split.bases[0][index].sum() for shown, index in streams) / 10
+    for seed, rank in itertools.product(range(400), range(world)):
+        for step in epoch(10, 0.3, "a", 4, "natural", rank, world, seed):
+            total += sum(w * value[shown] * xs[0].mean() for w, xs, shown in step)
+    assert total / (400 * world * steps) == pytest.approx(exactly.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("sampling", ["natural", "balanced"])
+def test_ranks_share_a_step_out_without_loss(sampling):
+    one = epoch(10, 0.3, "split", 4, sampling)
+    many = [epoch(10, 0.3, "split", 4, sampling, rank, 3) for rank in range(3)]
+    for step, parts in zip(one, zip(*many, strict=True), strict=True):
+        assert all(parts)  # no rank goes without
+        for weight, xs, shown in step:
+            m = shown.index(True)
+            mine = [(w, ys[m]) for part in parts for w, ys, seen in part if seen == shown]
+            assert torch.cat([y for _, y in mine]).sort(0)[0].equal(xs[m].sort(0)[0])
+            mean = sum(w * y.mean() for w, y in mine) / 3
+            assert mean == pytest.approx(weight * xs[m].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [(10, 1, "split", 8, "balanced"), (9, 1 / 3, "split", 4, "natural")]
+)
+def test_a_rank_without_an_example_gets_one_of_no_weight(case):
+    for parts in zip(*(epoch(*case, rank, 4) for rank in range(4)), strict=True):
+        assert all(parts)
+        assert sum(w for part in parts for w, _, _ in part) / 4 == pytest.approx(1)
+
+
+def test_balanced_sampling_is_one_pass_over_the_largest_stream():
+    steps = epoch(10, 0.2, "all", 4, "balanced")
+    sizes = [[len(xs[shown.index(True)]) for _, xs, shown in step] for step in steps]
+    assert sizes == [[2, 4, 4], [2, 4, 4], [2, 2, 2]]
+    assert all(weight == 1 for step in steps for weight, _, _ in step)
+    seen = torch.cat([step[1][1][0] for step in steps])
+    assert seen.flatten().sort()[0].tolist() == list(range(10))
+
+
+def test_what_a_mask_hides_is_never_read():
+    hidden = data.Split([torch.zeros(4, 1), torch.full((4, 1), math.nan)])
+    for step in data.batches(hidden, [((True, False), torch.arange(4))], 2):
+        for _, xs in step:
+            assert xs[1] is None and xs[0].isfinite().all()
+
+
+def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
+    a, b = data.load("glyphs", limit=50), glyphs(10_000, seed=0)
+    assert len(a.train) == 50 and len(a.test) == 2000
+    index, shapes = torch.arange(50), [(1, 28, 28), (3, 32, 32)]
+    for x, y, shape in zip(a.train[index], b[index], shapes, strict=True):
+        assert x.shape == (50, *shape) and torch.equal(x, y) and 0 <= x.min() and x.max() <= 1
+    assert set(a.train.labels.tolist()) == set(range(10))
+
+
+def test_pairs_of_mnist_and_svhn_show_the_same_digit(small_root):
+    dataset = data.load("mnist-svhn", small_root)
+    assert (len(dataset.train), len(dataset.test)) == (45, 20)  # per class the fewer of both
+    for labels, rows in zip((np.arange(60) % 10, np.arange(45) % 10), dataset.train.rows):
+        assert (labels[rows] == dataset.train.labels.numpy()).all()
+        assert len(rows.unique()) == 45
+    assert len(digits.load_mnist_svhn(small_root, repeats=3).train) == 135
+
+
+@pytest.mark.parametrize("name, height", [("mnist-split", 28), ("mnist-split3", 27)])
+def test_bands_put_together_are_the_image(small_root, name, height):
+    images = digits.mnist(small_root, True)[0]
+    xs = data.load(name, small_root).train[torch.arange(60)]
+    torch.testing.assert_close(torch.cat(xs, 2), images[:, :, :height].float() / 255)
+
+
+def test_digits_that_are_damaged_or_cannot_be_had_are_one_sentence(small_root, monkeypatch):
+    raw = small_root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    raw.write_bytes(raw.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is damaged"):
+        data.load("mnist-split", small_root)
+    for name in ("MNIST", "SVHN"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}.download", offline)
+    for name in ("mnist-split", "mnist-svhn"):
+        with pytest.raises(ValueError, match="could not be downloaded .*no network") as error:
+            data.load(name, small_root / "none")
+        assert "\n" not in str(error.value) and not (small_root / "none").exists()
+    with pytest.raises(ValueError, match="there is no data set 'nope'"):
+        data.load("nope")
+
+
+# --------------------------------------------------------------------------------- a user's arrays
+
+GOOD = {"train_0": np.zeros((4, 3), "f4"), "train_1": np.ones((4, 2))}
+GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"train_1": None}, "'train_1'"),
+        ({"extra": np.zeros(1)}, "unknown array 'extra'"),
+        ({"train_1": np.ones((5, 2))}, "train_1 .* the 4 examples"),
+        ({"test_1": np.ones((2, 9))}, "test_1 .* does not fit"),
+        ({"train_0": np.full((4, 3), np.nan)}, "train_0 .* not finite"),
+        ({"train_mask": np.ones((4, 3), bool)}, "train_mask"),
+        ({"train_mask": np.ones((2, 4), bool)}, "train_mask .* the 4 examples"),
+        ({"train_labels": np.ones(3, int)}, "train_labels"),
+        ({"train_0": np.array([["a"]] * 4)}, "train_0 .* numbers"),
+        ({"train_0": np.array([[None]] * 4)}, "plain arrays"),
+        ({"train_0": np.zeros((4, 3, 3, 3))}, "train_0 .* smaller than 8 x 8"),
+        ({"train_0": np.full((4, 8, 8), 7.0)}, "train_0 .* neither bytes nor"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_by_name(tmp_path, change, match):
+    path, arrays = tmp_path / "bad.npz", GOOD | change
+    np.savez(path, **GOOD)
+    assert len(data.load(str(path)).train) == 4
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=match) as error:
+        data.load(str(path))
+    assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_or_not_there_is_named(tmp_path):
+    np.savez(tmp_path / "cut.npz", **GOOD)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:200])
+    for name, match in ("cut.npz", "damaged"), ("absent.npz", "no file"):
+        with pytest.raises(ValueError, match=match) as error:
+            data.load(str(tmp_path / name))
+        assert name in str(error.value)
+
+
+# --------------------------------------------------------------------- archives, downloads, main
+
+
+def test_archives_cannot_leave_their_folder_or_make_links(tmp_path):
+    def member(name, kind=tarfile.REGTYPE, target="", size=0):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = kind, target, size
+        return info
+
+    def unpacked(name, folder):
+        data.unpack(tmp_path / name, tmp_path / "cub" / folder, ".", ".txt")
+
+    for name in ("../out.txt", "a/../../out.txt", str(tmp_path / "out.txt")):
+        archive(tmp_path / "out.tgz", None, [(member(name, size=2), b"hi")])
+        with pytest.raises(ValueError, match="outside"):
+            unpacked("out.tgz", "x")
+    link, through = member("away", tarfile.SYMTYPE, str(tmp_path)), member("away/out.txt", size=2)
+    archive(tmp_path / "link.tgz", None, [(link, None), (through, b"hi")])
+    unpacked("link.tgz", "y")
+    assert (tmp_path / "cub" / "y" / "away" / "out.txt").read_text() == "hi"
+    assert not (tmp_path / "out.txt").exists()
+    assert not any(p.is_symlink() for p in (tmp_path / "cub").rglob("*"))
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "link.tgz").read_bytes()[:60])
+    for bad in ("cut.tgz", "none.tgz"):
+        with pytest.raises(ValueError, match="cannot be unpacked"):
+            unpacked(bad, "z")
+    assert sorted(p.name for p in (tmp_path / "cub").iterdir()) == ["y"]
+
+
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    def short(url, timeout):
+        connection = io.BytesIO(b"abc")
+        connection.headers = {"Content-Length": "10"}
+        return connection
+
+    for answer, reason in (offline, "no network"), (short, "3 of 10 bytes"):
+        monkeypatch.setattr("urllib.request.urlopen", answer)
+        with pytest.raises(ValueError, match=f"{reason}.*put it at .*a.msp by hand"):
+            data.download("https://localhost/a.msp", tmp_path / "spectra" / "a.msp")
+        assert not list(tmp_path.rglob("*a.msp*"))
+
+
+def test_data_py_prepares_and_says_what_there_is(tmp_path, small_net, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shi(tmp_path / "new")
+    (tmp_path / "a.msp").write_text("".join(map(record, MOLECULES)))
+    pytest.importorskip("rdkit")
+    for flags, sizes in [
+        (["cub", "--weights", "none"], "40 examples to train, 20 to test"),
+        (["spectra", "--msp", "a.msp"], "5 examples to train, 1 to test"),
+        (["glyphs"], "10,000 examples to train, 2,000 to test"),
+    ]:
+        data.main([*flags, "--data", "new"])
+        assert sizes in capsys.readouterr().out
+    assert (tmp_path / "preview-glyphs.png").stat().st_size > 5000
+    with pytest.raises(SystemExit) as stop:
+        data.main(["cub", "--data", "absent"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "absent" in message
+    assert not (tmp_path / "absent").exists()

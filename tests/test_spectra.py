@@ -1,0 +1,361 @@
+"""Spectra: how their files are read, prepared and split; how candidates are ranked."""
+
+import gzip
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+import data
+import eval as evaluation
+from benchmarks import spectra
+from helpers import MOLECULES, challenge_files, record
+
+
+def sparse_of(dense):
+    rows = [(np.flatnonzero(x).astype(np.int16), x[x > 0].astype(np.float32)) for x in dense]
+    return spectra.Sparse(*map(torch.from_numpy, spectra.csr(rows)), dense.shape[1])
+
+
+def test_sparse_rows_equal_the_dense_matrix():
+    generator = np.random.default_rng(0)
+    dense = generator.random((9, 40)).astype(np.float32) * (generator.random((9, 40)) < 0.2)
+    dense[[0, 4, 8]] = 0
+    sparse, dense = sparse_of(dense), torch.from_numpy(dense)
+    assert sparse.shape == (9, 40) and len(sparse) == 9
+    lists = torch.tensor([3, 0, 8, 3]), torch.tensor([], dtype=torch.long)
+    for rows in (*lists, slice(2, 7), slice(None), torch.arange(9) % 2 == 0, 5, torch.tensor(5)):
+        assert sparse[rows].equal(dense[rows]) and sparse.to("cpu")[rows].equal(dense[rows])
+    assert sparse_of(np.zeros((3, 7), np.float32))[torch.tensor([2, 1])].equal(torch.zeros(2, 7))
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize("between", ["\n", "", "\r\n\n"])
+def test_msp_in_the_ways_it_is_written_reads_the_same(tmp_path, between):
+    bodies = (
+        "41.5 10\n57.07 2e3\n71.1 .5\n",
+        "41.5\t10\n57.07\t2e3\n71.1\t.5\n",
+        '41.5 10 "C3H5+; 2 ppm"\n57.07 2e3\n71.1 .5 "?"\n',
+        "41.5 10; 57.07 2e3; 71.1 .5;\n",
+        "41.5 10;\n57.07 2e3;\n71.1 .5;\n",
+    )
+    text = between.join(f"Name: x\nNum Peaks: 3\n{body}" for body in bodies).encode()
+    for content in (text, gzip.compress(text)):
+        (tmp_path / "a.msp").write_bytes(content)
+        found = list(spectra.read_msp(tmp_path / "a.msp"))
+        assert len(found) == len(bodies)
+        for fields, peaks in found:
+            assert fields == {"name": "x", "num peaks": "3"}
+            assert peaks.tolist() == [[41.5, 10], [57.07, 2e3], [71.1, 0.5]]
+
+
+def test_msp_with_records_without_peaks_or_with_words_for_peaks(tmp_path):
+    path = tmp_path / "a.msp"
+    path.write_text("Name: a\nNum Peaks: 0\n\nName: b\nNum Peaks: 1\n5 many\n\nName: c\nName: d\n")
+    (a, none), (b, words), (c, last) = spectra.read_msp(path)
+    assert none.shape == (0, 2) and words is None and last.shape == (0, 2)
+    assert a["name"] == "a" and c["name"] == "c"  # the first of a repeated key
+
+
+def test_mona_s_smiles_is_found_among_the_comments():
+    comments = '"SMILES=CCO" "author=A, B" "computed SMILES=OCC"'
+    assert spectra.smiles_of({"comments": comments}) == "CCO"
+    assert spectra.smiles_of({"smiles": "N/A", "comments": '"computed SMILES=C=C"'}) == "C=C"
+    assert spectra.smiles_of({"comments": "Parent=57.1"}) == ""
+
+
+def test_mgf(tmp_path):
+    text = "# made up\n\nBEGIN IONS\nTITLE=one=1\nCHARGE=1+\n50.5 3\n60 4\nEND IONS\n"
+    text += "BEGIN IONS\nTITLE=two\nEND IONS\nBEGIN IONS\nTITLE=cut off\n50 1\n"
+    (tmp_path / "a.mgf").write_text(text)
+    (one, peaks), (two, none) = spectra.read_mgf(tmp_path / "a.mgf")
+    assert one == {"title": "one=1", "charge": "1+"} and peaks.tolist() == [[50.5, 3], [60, 4]]
+    assert two == {"title": "two"} and none.shape == (0, 2)
+
+
+@pytest.mark.parametrize("read", [spectra.read_msp, spectra.read_mgf])
+def test_a_truncated_or_absent_file_is_one_sentence(tmp_path, read):
+    whole = gzip.compress(record("CCO").encode() * 50)
+    (tmp_path / "cut.gz").write_bytes(whole[:-20])
+    (tmp_path / "bad.gz").write_bytes(whole[:12] + b"\xff" * 30)
+    damaged, unread = "is a truncated or damaged .gz file", "cannot be read"
+    for name, match in ("cut.gz", damaged), ("bad.gz", damaged), ("absent", unread), (".", unread):
+        with pytest.raises(ValueError, match=match) as error:
+            list(read(tmp_path / name))
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_peaks_are_binned_added_and_square_rooted():
+    peaks = np.array([[57.07, 60], [57.01, 40], [0, 25], [1099.99, 4]])
+    beyond, nothing = [[1100, 9], [-1, 9], [np.nan, 9]], [[80, 0], [81, -3]]
+    outside = np.array([*beyond, *nothing, [82, np.inf], [83, np.nan]])
+    for given in peaks, np.concatenate([outside, peaks]):
+        bins, values = spectra.bin_peaks(given)
+        assert bins.tolist() == [0, 570, 10999]
+        assert values == pytest.approx([0.5, 1, 0.2])
+        assert bins.dtype == np.int16 and values.dtype == np.float32
+    assert len(spectra.bin_peaks(outside)[0]) == 0
+
+
+# ---------------------------------------------------------------------------------------- preparing
+
+
+def test_without_rdkit_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ValueError, match="pip install rdkit"):
+        spectra.prepare_spectra(tmp_path, tmp_path / "a.msp")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprints_have_2149_bits_and_no_stereochemistry(capfd):
+    pytest.importorskip("rdkit")
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    bits = spectra.fingerprint("c1ccccc1O")
+    assert bits.shape == (167 + 1982,) and bits.dtype == bool
+    assert bits[162] and bits[165]  # MACCS: aromatic, a ring
+    old = AllChem.GetMorganFingerprintAsBitVect(Chem.MolFromSmiles("c1ccccc1O"), 2, nBits=1982)
+    assert np.array_equal(np.flatnonzero(bits[167:]), list(old.GetOnBits()))
+    left, right = (spectra.fingerprint(s) for s in ("C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"))
+    assert np.array_equal(left, right) and not np.array_equal(left, bits)
+    capfd.readouterr()
+    assert all(spectra.fingerprint(s) is None for s in ("", "C1CC(", "c1ccc1c", "N/A"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted(tmp_path, capsys):
+    pytest.importorskip("rdkit")
+    good = "".join(record(s, f"57.07 100\n{80 + k} 25") for s in MOLECULES for k in range(3))
+    bad = {  # by why it is skipped
+        "without peaks": record("CCO", ""),
+        "with peaks that are no numbers": record("CCO", "5 many"),
+        "with fewer peaks than announced": record("CCO", "57 1", **{"Num Peaks": 3}),
+        "without peaks in the range": record("CCO", "1500 7"),
+        "without a SMILES": record(""),
+        "in negative mode": record("CCO", Ion_mode="N"),
+        "of another instrument": record("CCO", Instrument_type="LC-ESI-QTOF"),
+        "with another precursor than [M+H]+": record("CCO", Precursor_type="[M+Na]+"),
+        "that are not MS2": record("CCO", Spectrum_type="MS3"),
+    }
+    refused = record("C1CC(") + record("C1CC(", key="ABCDEFGHIJKLMN-UHFFFAOYSA-N")
+    # Kept: without an InChIKey (taken from the SMILES), with a peak beyond the range, and without
+    # what [M+H]+ implies.
+    kept = record("OCC", key="") + record("CC(C)=O", "1100.5 7\n57.07 7")
+    kept = kept.replace("Ion_mode: P\nNum", "Num").replace("Spectrum_type: MS2\n", "")
+    path, new = tmp_path / "a.msp.gz", tmp_path / "new"
+    path.write_bytes(gzip.compress((good + "".join(bad.values()) + refused + kept).encode()))
+    files = challenge_files(tmp_path, candidate_ids=("A", "B", "unknown"))
+    counts = spectra.prepare_spectra(new, path, **files)
+    assert [p.name for p in (new / "spectra").iterdir()] == ["spectra.npz"]
+    assert counts["records"] == 18 + 11 + 2 and counts["peaks_beyond_range"] == 1
+    more = {"whose SMILES rdkit refuses": 2, "of the challenges' compounds": 4}
+    assert counts["skipped"] == dict.fromkeys(bad, 1) | more  # 4: ethanol, once without its key
+    assert counts["compounds"] == 5 and counts["removed_compounds"] == 1
+    assert counts["train"] + counts["test"] == 16 and counts["challenges"] == 2
+    reasons = ("of an unknown id", "of a compound listed before", "whose SMILES rdkit refuses")
+    skipped = dict(zip((f"candidates {reason}" for reason in reasons), (5, 2, 2)))
+    assert counts["challenges_skipped"] == skipped
+    assert "skipped 4 of the challenges' compounds" in capsys.readouterr().out
+
+    dataset, arrays = data.load("spectra", new), spectra.read_spectra(new)
+    train, test = set(arrays["train_compounds"]), set(arrays["test_compounds"])
+    assert not train & test and len(test) == 1  # max(1, a tenth)
+    assert train | test == {key[:14] for s, key in MOLECULES.items() if s != "CCO"}
+    assert len(dataset.train.bases[1]) == 4  # fingerprints are held once per compound
+    x, fingerprints = dataset.train[torch.arange(len(dataset.train))]
+    assert x.shape == (counts["train"], 11000) and x.dtype == torch.float32
+    assert x.amax(1).eq(1).all() and x[:, 570].eq(1).all()
+    expected = {spectra.fingerprint(s).tobytes() for s in MOLECULES}
+    assert {bits.numpy().astype(bool).tobytes() for bits in fingerprints} < expected
+
+    challenges = spectra.load_challenges(new)
+    assert challenges.ids == ["A", "B"] and challenges.offsets.tolist() == [0, 3, 6]
+    assert challenges.truth.tolist() == [1, 1] and challenges.bits.shape == (6, 269)
+    bits = np.unpackbits(challenges.bits, axis=1, count=2149).astype(bool)
+    assert np.array_equal(bits[4], spectra.fingerprint("CCO"))
+    assert challenges.spectra[:].nonzero().tolist() == [[0, 570], [1, 570]]
+    undecided = Lookup(torch.full((571, 2149), 0.5))
+    found = evaluation.evaluate(undecided, dataset, {}, root=new)
+    assert found["sizes"] == {"A": 3, "B": 3} and found["ranks"] == {"A": 2, "B": 2}
+
+
+def test_the_split_depends_on_the_compounds_and_the_seed_alone(tmp_path):
+    pytest.importorskip("rdkit")
+    records, held_out = [record(s) for s in MOLECULES], []
+    for order, seed in (records, 0), (records[::-1] + records, 0), (records, 1), (records, 2):
+        (tmp_path / "a.msp").write_text("".join(order))
+        spectra.prepare_spectra(tmp_path, tmp_path / "a.msp", seed=seed)
+        held_out.append(spectra.read_spectra(tmp_path)["test_compounds"].tolist())
+    assert held_out[0] == held_out[1] and len({*map(tuple, held_out)}) > 1
+    assert spectra.load_challenges(tmp_path) is None
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a.msp, the files of challenges and two that are no good."""
+    pytest.importorskip("rdkit")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    challenge_files(folder)
+    (folder / "a.msp").write_text("".join(map(record, MOLECULES)))
+    (folder / "empty").write_text("")
+    (folder / "other.csv").write_text("id,smiles\nA,C\n")
+    return folder
+
+
+CHALLENGES = {"mgf": "c.mgf", "candidates": "candidates.csv", "truth": "truth.csv"}
+
+
+@pytest.mark.parametrize(
+    "match, changed",
+    [
+        ("6 of another instrument .* has LC-ESI-QFT", {"instrument": "LC-ESI-QTOF"}),
+        ("absent.msp cannot be read", {"msp": "absent.msp"}),
+        ("empty leaves 0 compounds", {"msp": "empty"}),
+        ("all three: --mgf, --candidates and --truth", {"mgf": "c.mgf"}),
+        ("other.csv has no column 'inchikey'", CHALLENGES | {"candidates": "other.csv"}),
+        ("other.csv has no column 'inchikey'", CHALLENGES | {"truth": "other.csv"}),
+        ("no id of .*c.mgf .* skipped 15 candidates", CHALLENGES),
+    ],
+)
+def test_what_leaves_no_spectra_is_one_sentence_and_no_file(source, tmp_path, match, changed):
+    if changed is CHALLENGES:
+        challenge_files(source, candidate_ids="CDE")
+    given = {"msp": "a.msp"} | changed
+    files = {key: name if key == "instrument" else source / name for key, name in given.items()}
+    with pytest.raises(ValueError, match=match) as error:
+        spectra.prepare_spectra(tmp_path / "out", **files)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_root_that_cannot_be_written_to_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "data"):  # ./data is where it would be kept instead of "locked"
+        (tmp_path / name).write_text("in the way")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    for root, named in ("file", "file"), ("locked", "data"):
+        with pytest.raises(ValueError, match=f"{named}/spectra/spectra.npz cannot be .*--data"):
+            spectra.prepare_spectra(tmp_path / root, source / "a.msp")
+        assert (tmp_path / named).read_text() == "in the way"
+    assert not list((tmp_path / "locked").iterdir())
+
+
+def test_a_prepared_file_that_is_damaged_or_missing_says_how_to_make_it(source, tmp_path):
+    path = tmp_path / "spectra" / "spectra.npz"
+    with pytest.raises(ValueError, match="make it with python data.py spectra"):
+        data.load("spectra", tmp_path)
+    path.parent.mkdir()
+    np.savez(path, version=1)
+    with pytest.raises(ValueError, match="spectra.npz has no array 'train_offsets'"):
+        data.load("spectra", tmp_path)
+    spectra.prepare_spectra(tmp_path, source / "a.msp")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="spectra.npz is damaged"):
+        spectra.load_challenges(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ ranking
+
+
+def test_cross_entropy_and_tanimoto_equal_their_formulas():
+    generator = np.random.default_rng(0)
+    p, bits = generator.random(21), generator.random((5, 21)) < 0.5
+    found = spectra.bit_cross_entropy(p, np.packbits(bits, axis=1), block=2)
+    assert found == pytest.approx(-np.log(np.where(bits, p, 1 - p)).sum(1))
+    certain = spectra.bit_cross_entropy(np.ones(3), np.packbits([[1, 1, 0]], axis=1))
+    assert certain == pytest.approx(-np.log(spectra.CERTAIN), abs=1e-3)
+    a, b = np.array([[[1, 1, 0], [0, 0, 0], [1, 0, 0]], [[1, 0, 1], [0, 0, 0], [0, 1, 0]]], bool)
+    assert spectra.tanimoto(a, b) == pytest.approx([1 / 3, 1, 0])
+
+
+def test_equal_scores_share_their_mean_rank():
+    scores = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
+    assert [spectra.rank_of(scores, k) for k in range(5)] == [4, 1, 4, 2, 4]
+    assert spectra.rank_of(np.zeros(10), 7) == 5.5
+
+
+def test_random_top_k_is_the_mean_over_random_orders():
+    generator, sizes = np.random.default_rng(0), np.array([3, 10, 200])
+    found = [spectra.top_k(1 + generator.integers(0, sizes), [1, 5, 20]) for _ in range(2000)]
+    assert np.mean(found, 0) == pytest.approx(spectra.random_top_k(sizes, [1, 5, 20]), abs=0.02)
+    assert spectra.random_top_k(sizes, [200]) == [1]
+
+
+class Lookup(nn.Module):
+    """A stand-in for a model: z is the spectrum, and decodes to the bits that `answers` has for its
+    first bin."""
+
+    def __init__(self, answers, noise=0.0):
+        super().__init__()
+        self.answers = nn.Parameter(answers)  # (n, 2149)
+        self.modalities = [types.SimpleNamespace(likelihood="normal")] * 2  # a mean as it is
+        self.decoders = [None, lambda z: self.answers[z[..., 0].round().long()]]
+        self.noise = noise
+
+    def posterior(self, x, missing):
+        assert missing is None and not self.training
+        return Normal(x.argmax(1, keepdim=True).float(), self.noise + 1e-6)
+
+
+def spectra_to_name(n=4, candidates=30):
+    """Spectrum i has its one peak in bin i; fingerprints are random. -> Dataset, Challenges,
+    fingerprints (n, 2149)"""
+    generator, bins = np.random.default_rng(0), spectra.BINS
+    x = sparse_of(np.eye(n, bins, dtype=np.float32))
+    bits = torch.from_numpy(generator.random((n, spectra.BITS)) < 0.1)
+    names, split = ("spectrum", "fingerprint"), data.Split([x, bits])
+    dataset = data.Dataset("spectra", split, split, {"name": "spectra"}, names)
+    lists = generator.random((n, candidates, spectra.BITS)) < 0.1
+    lists[:, 3] = bits
+    packed = np.packbits(lists.reshape(-1, spectra.BITS), axis=1)
+    offsets, truth = np.arange(n + 1) * candidates, np.full(n, 3)
+    ids = [f"c{i}" for i in range(n)]
+    return dataset, spectra.Challenges(ids, x, truth, offsets, packed), bits.float()
+
+
+def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_the_middle(tmp_path):
+    dataset, challenges, bits = spectra_to_name()
+    known = Lookup(bits)
+    found = spectra.scores(known, dataset, challenges, batch_size=3)
+    assert found["rank"] == {"top1": 1, "top5": 1, "top10": 1, "top20": 1, "median": 1}
+    assert found["bits"]["accuracy"] == 1 and found["bits"]["tanimoto"] == 1
+    assert found["bits"]["cross_entropy"] == pytest.approx(2149e-4, rel=1e-2)
+    assert found["ranks"] == {f"c{i}": 1 for i in range(4)} and set(found["sizes"].values()) == {30}
+    random = {"top1": 1 / 30, "top5": 5 / 30, "top10": 1 / 3, "top20": 2 / 3, "median": 15}
+    assert found["random"]["rank"] == pytest.approx(random)
+    constant = spectra.scores(Lookup(bits.mean(0).expand(4, -1)), dataset, challenges)
+    for key in ("rank", "ranks", "bits"):
+        assert constant[key] == pytest.approx(found["frequency"][key], rel=1e-4)
+    half = spectra.scores(Lookup(torch.full_like(bits, 0.5)), dataset, challenges)
+    assert half["rank"]["median"] == 15.5  # all equal: everyone has the mean rank
+    assert half["bits"]["cross_entropy"] == pytest.approx(2149 * np.log(2))
+
+    pytest.importorskip("matplotlib")
+    run = evaluation.Run(tmp_path, dict(model="SVAE", dataset="spectra", paired=1), 0, 0.0, known)
+    spectra.draw(run, dataset, tmp_path, tmp_path / "spectra.png", n=2)
+    results = {"known": found, "constant": constant}
+    results = [r | {"folder": f"runs/{name}", "run": run.args} for name, r in results.items()]
+    evaluation.compare(results, tmp_path)
+    for name in ("spectra-top-k.png", "spectra.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_the_mean_over_samples_is_that_of_the_probabilities():
+    dataset, challenges, bits = spectra_to_name()
+    model = Lookup(bits.mean(0).expand(4, -1).contiguous())
+    one, many = (spectra.scores(model, dataset, samples=samples) for samples in (1, 50))
+    assert many["bits"] == pytest.approx(one["bits"]) and "rank" not in one
+    torch.manual_seed(0)
+    noisy, index = Lookup(bits, noise=0.7).eval(), torch.tensor([1])
+    noisy.answers.data = torch.cat([bits, bits.flip(0)])[:, :8]
+    found = spectra.predict_bits(noisy, lambda i: dataset.test.take(0, index), 1, samples=999)
+    z = Normal(1.0, 0.7)
+    weights = [float(z.cdf(torch.tensor(k + 0.5)) - z.cdf(torch.tensor(k - 0.5))) for k in range(4)]
+    assert found[0] == pytest.approx((torch.tensor(weights) @ bits[:, :8]).numpy(), abs=0.06)
