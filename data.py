@@ -308,6 +308,13 @@ def read_checkpoint(path, device="cpu"):
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def write_checkpoint(path, state):
+    """By way of memory: torch.save makes something else of the OSError of a disk that is full."""
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    replace(path, lambda file: file.write(whole.getbuffer()))
+
+
 def read_run(run):
     """args.json and checkpoint.pt of a run folder, which may have been stopped before it had the
     second. -> args, state. ValueError, in a sentence, when there is nothing to go on from."""
@@ -326,8 +333,12 @@ def read_run(run):
         raise ValueError(why) from None
 
 
-def write_json(path, content):
-    replace(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+def start_run(run, args):
+    """Makes the folder of a run, clears what a kill may have left half written, writes args.json."""
+    run.mkdir(parents=True, exist_ok=True)
+    for part in run.glob(".*.part"):
+        part.unlink()
+    replace(run / "args.json", lambda file: file.write(json.dumps(args, indent=1).encode()))
 
 
 def write_csv(path, rows):

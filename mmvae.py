@@ -274,7 +274,7 @@ def start(args, model, train, streams, state, world):
 def save(run, model, optimizer, state):
     """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
     state = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    data.replace(run / "checkpoint.pt", lambda file: torch.save(state, file))
+    data.write_checkpoint(run / "checkpoint.pt", state)
     data.write_csv(run / "log.csv", state["log"])
 
 
@@ -377,8 +377,7 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             p.error(str(error))
         if rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            data.write_json(run / "args.json", record)
+            data.start_run(run, record)
             save(run, model, optimizer, state)
             size = f"{sum(w.numel() for w in model.parameters()):,} weights"
             print(run, size, f"{len(dataset.train):,} examples", dataset.note, sep="  ", flush=True)

@@ -176,7 +176,7 @@ def load_oracle(dataset, name, root, steps=1000):
     saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.replace(path, lambda file: torch.save(saved, file))
+        data.write_checkpoint(path, saved)
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}): not kept", file=sys.stderr)
     return oracle, accuracy

@@ -15,8 +15,6 @@ import eval as evaluation
 from benchmarks import cub
 from helpers import Pooled, archive, originals, packed_originals, photo, shi
 
-# --------------------------------------------------------------------------- photos and captions
-
 
 def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
     tokens = ["the", "bird", "'s", "red-eyed", ",", "3", "inches", "!"]
@@ -98,6 +96,9 @@ def test_features_are_cut_before_the_last_layer_and_batchnorm_statistics_frozen(
     x = cub.extract(folder, folder / "features.npz", files, 2, net, "none", True, "cpu")["x"]
     assert x.shape == (3, 2048) and not net.training and x.max() < 100
     assert all(m.num_batches_tracked == 1 for m in net.modules() if hasattr(m, "running_mean"))
+    small, batches = Pooled(), torch.rand(2, 5, 3, 30, 30)
+    cub.estimate_batchnorm(small, batches, "cpu")
+    assert torch.allclose(small.norm.running_mean, batches.mean((0, 1, 3, 4)), atol=1e-6)
 
 
 def test_features_of_a_read_only_folder_are_kept_below_data(tmp_path, small_net, monkeypatch):
@@ -184,6 +185,10 @@ def test_archives_are_downloaded_checked_and_unpacked(tmp_path, small_net, monke
     with pytest.raises(ValueError, match="MD5"):
         cub.prepare_cub(tmp_path, "none")
     assert not list(folder.glob("CUB*"))
+    (folder / "CUB_200_2011.tgz").write_bytes(photos.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="CUB_200_2011.tgz is damaged"):
+        cub.prepare_cub(tmp_path, "none")
+    (folder / "CUB_200_2011.tgz").unlink()
     monkeypatch.setattr(cub, "CUB_MD5", data.md5(photos))
     assert cub.prepare_cub(tmp_path, "none")["photos"] == {"train": 4, "test": 2}
     assert not [p for p in folder.iterdir() if "part" in p.name or p.name.count(".") > 2]
@@ -262,10 +267,11 @@ def test_sentence_vectors_average_the_words_before_the_end():
 
 
 class Faithful(nn.Module):
-    """z holds what was observed: the row of the test split that comes nearest."""
+    """z holds what was observed: the row of the test split that comes nearest. reads: captions"""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, reads=True):
         super().__init__()
+        self.reads = reads
         self.nothing = nn.Parameter(torch.zeros(1))
         self.image, self.caption = dataset.test[torch.arange(len(dataset.test))]
         self.n_words = len(dataset.words)
@@ -274,7 +280,7 @@ class Faithful(nn.Module):
         if image is not None:
             z = torch.cdist(image, self.image).argmin(1)
         else:
-            z = (caption[:, None] == self.caption).float().mean(2).argmax(1)
+            z = (caption[:, None] == self.caption).float().mean(2).argmax(1) * self.reads
         z = z[:, None].float()
         return types.SimpleNamespace(sample=lambda: z, mean=z, stddev=torch.ones_like(z))
 
@@ -307,7 +313,9 @@ def planted_birds(n):
 def test_the_true_correlation_of_a_planted_set_is_far_above_that_of_shuffles(tmp_path):
     dataset = planted_birds(150)
     (tmp_path / "cub").mkdir()
-    found = evaluation.evaluate(Faithful(dataset), dataset, {}, root=tmp_path)["correlation"]
+    models = Faithful(dataset), Faithful(dataset, reads=False)
+    found, unread = (evaluation.evaluate(m, dataset, {}, root=tmp_path) for m in models)
+    found, unread = found["correlation"], unread["correlation"]
     assert list(found) == ["image->caption", "caption->image", "joint", "truth"]
     vectors = cub.cached_word_vectors(tmp_path, dataset.train.bases[1], dataset.words)
 
@@ -326,6 +334,7 @@ def test_the_true_correlation_of_a_planted_set_is_far_above_that_of_shuffles(tmp
     assert found["caption->image"] == pytest.approx(found["truth"])
     assert found["image->caption"] == pytest.approx(found["truth"], abs=0.1)
     assert found["joint"] == pytest.approx(found["truth"], abs=0.1)
+    assert unread["image->caption"] == found["image->caption"] > unread["caption->image"] + 0.1
 
 
 def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):

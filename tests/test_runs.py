@@ -20,7 +20,6 @@ import tarfile
 import tempfile
 import time
 import types
-import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -700,6 +699,7 @@ MUTATED = [(kind, name, *least) for kind, names, *least in MUTATED for name in n
 
 
 @many(40, 1000)
+@pytest.mark.filterwarnings("ignore")  # of Pillow on sizes, of zipfile on names
 @pytest.mark.parametrize("kind, name, least_refused, least_read", MUTATED)
 def test_a_file_with_mutations_is_read_or_refused_in_a_sentence(
     kind, name, least_refused, least_read, count, small_root, small_net, capsys
@@ -710,8 +710,7 @@ def test_a_file_with_mutations_is_read_or_refused_in_a_sentence(
     for k in mutations(path, count):
         began = time.perf_counter()
         try:
-            with warnings.catch_warnings(), limited(resource.RLIMIT_AS, 8 << 30):
-                warnings.simplefilter("ignore")  # of Pillow, on sizes
+            with limited(resource.RLIMIT_AS, 8 << 30):
                 read(path, kind, small_root)
             ends["read"] += 1
         except ValueError as error:

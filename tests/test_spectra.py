@@ -33,9 +33,6 @@ def test_sparse_rows_equal_the_dense_matrix():
     assert sparse_of(np.zeros((3, 7), np.float32))[torch.tensor([2, 1])].equal(torch.zeros(2, 7))
 
 
-# ------------------------------------------------------------------------------------------ reading
-
-
 @pytest.mark.parametrize("between", ["\n", "", "\r\n\n"])
 def test_msp_in_the_ways_it_is_written_reads_the_same(tmp_path, between):
     bodies = (
