@@ -6,7 +6,7 @@
 
 These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
 their test split. There z is one sample of the posterior per example (--seed fixes it) and the
-decoded mean is judged by an oracle, a classifier of the real images, whose own test accuracy stands
+decoded mean is judged by an oracle, classifiers of the real images, whose own test accuracy stands
 under every table. Metrics and figures that one data set alone has are in its file in benchmarks/.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes.
@@ -29,7 +29,7 @@ from torch import nn
 import data
 import nets
 from benchmarks import drawing
-from benchmarks.oracles import each, load_oracle, shared
+from benchmarks.oracles import each, load_oracle
 
 # -------------------------------------------------------------------- numpy: arrays in, numbers out
 
@@ -191,41 +191,47 @@ def in_parts(dataset):
 
 
 def readings(means, dataset, oracles):
-    """What the oracle of every view reads in the decoded modalities. -> (views, B)"""
-    return torch.stack([oracles[n](view(means)).argmax(-1) for n, view in views(dataset).items()])
+    """What the oracle of every view reads in the decoded modalities, and whether its members
+    disagree. -> digits, disputed, each (views, B)"""
+    read = [oracles[name](view(means)) for name, view in views(dataset).items()]
+    return [torch.stack(parts) for parts in zip(*read)]
 
 
 @torch.no_grad()
 def generated_digits(model, dataset, oracles, shown):
     """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read.
-    -> {view: (N,)}"""
-    read = []
+    -> {view: (share that is the example's digit, share that is in dispute)}"""
+    right, disputed = [], []
     for index in torch.arange(len(dataset.test)).split(500):
         means = model.decode(model.posterior(*data.show(dataset.test, shown, index)).sample())
-        read.append(readings(means, dataset, oracles))
-    return dict(zip(views(dataset), torch.cat(read, 1)))
+        read, doubt = readings(means, dataset, oracles)
+        right.append(read == dataset.test.labels[index])
+        disputed.append(doubt)
+    shares = [torch.cat(parts, 1).double().mean(1).tolist() for parts in (right, disputed)]
+    return dict(zip(views(dataset), zip(*shares)))
 
 
 def split_accuracy(model, dataset, oracles):
-    """[poe] Table 1: the whole image from every subset of its parts; is it still the digit?"""
-    accuracy = {}
+    """[poe] Table 1: the whole image from every subset of its parts; is it still the digit?
+    -> metrics, and like them the shares in dispute"""
+    accuracy, disputed = {}, {}
     for name, shown in subsets(dataset.names).items():
-        (read,) = generated_digits(model, dataset, oracles, shown).values()
-        accuracy[name] = shared(read, dataset.test.labels)
-    return {"accuracy": accuracy}
+        (shares,) = generated_digits(model, dataset, oracles, shown).values()
+        accuracy[name], disputed[name] = shares
+    return {"accuracy": accuracy}, {"accuracy": disputed}
 
 
 def coherence(model, dataset, oracles):
-    """[meme] Table 3: one modality is shown, each generated from it; is it the digit shown?"""
-    cross, own = {}, {}
+    """[meme] Table 3: one modality is shown, each generated from it; is it the digit shown?
+    -> metrics, and like them the shares in dispute"""
+    found = [{"cross_coherence": {}, "self_coherence": {}} for _ in range(2)]
     for source, shown in singles(dataset.names).items():
-        for target, read in generated_digits(model, dataset, oracles, shown).items():
-            share = shared(read, dataset.test.labels)
-            if target == source:
-                own[source] = share
-            else:
-                cross[f"{source}->{target}"] = share
-    return {"cross_coherence": cross, "self_coherence": own}
+        for target, shares in generated_digits(model, dataset, oracles, shown).items():
+            own = target == source
+            section = "self_coherence" if own else "cross_coherence"
+            for metrics, share in zip(found, shares):
+                metrics[section][source if own else f"{source}->{target}"] = share
+    return found
 
 
 @torch.no_grad()
@@ -233,17 +239,21 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
     """[poe] Fig. 8: the share of z ~ p(z) in whose images all oracles read the same digit.
 
     joint_entropy, in nats, is that of the digits they agree on: log 10 = 2.30 if all come up alike,
-    0 if it is always the same one, which would make coherence meaningless.
+    0 if it is always the same one, which would make coherence meaningless. In dispute is a sample
+    of which any image is.
+    -> metrics, and like them the shares in dispute
     """
-    agreed = []
+    agreed, disputed = [], 0
     for part in torch.arange(samples).split(500):
         means = model.decode(model.prior().sample((len(part),)))
-        read = readings(means, dataset, oracles)
+        read, doubt = readings(means, dataset, oracles)
         agreed.append(read[0][(read == read[0]).all(0)])
+        disputed += doubt.any(0).sum().item()
     agreed = torch.cat(agreed)
     frequency = agreed.bincount().double() / max(1, len(agreed))
     entropy = torch.special.entr(frequency).sum().item()
-    return {"joint_coherence": len(agreed) / samples, "joint_entropy": entropy}
+    metrics = {"joint_coherence": len(agreed) / samples, "joint_entropy": entropy}
+    return metrics, {"joint_coherence": disputed / samples}
 
 
 @torch.no_grad()
@@ -285,14 +295,17 @@ def latent_accuracy(model, dataset):
 
 
 @torch.no_grad()
-def log_likelihood(model, dataset, examples=100, samples=1000):
-    """[meme] Table 2: the means of log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others).
+def log_likelihood(model, dataset, examples=100, samples=1000, prior=True):
+    """[meme] Table 2: the means of log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others), or,
+    where p(z) is not trained, of the last alone.
 
     Nats, importance-weighted, log 1/K Σ_k w_k, without the weights of the likelihoods in training.
     """
     names, everything = dataset.names, (True,) * len(dataset.names)
-    cases = {name: (shown, None) for name, shown in singles(names).items()}
-    cases[",".join(names)] = (everything, None)
+    cases = {}
+    if prior:
+        cases = {name: (shown, None) for name, shown in singles(names).items()}
+        cases[",".join(names)] = (everything, None)
     for name, shown in singles(names).items():
         others = tuple(not seen for seen in shown)
         cases[f"{name}|{','.join(n for n in names if n != name)}"] = (shown, others)
@@ -324,10 +337,23 @@ def correlations(pairs, judged):
     return {"correlation": found}
 
 
-def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data"):
+def has_prior(model, args, dataset):
+    """Whether p(z) was trained: MEME's pseudo-samples are by examples that show one modality."""
+    if not hasattr(model, "pseudo"):
+        return True
+    if dataset.mask is not None:
+        return bool((dataset.mask.sum(1) == 1).any())
+    return args["unpaired"] == "all" or (args["paired"] < 1 and args["unpaired"] != "none")
+
+
+def evaluate(
+    model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data", prior=True
+):
     """All metrics that apply to the data set, or, where it has its own, those.
 
-    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none.
+    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; prior:
+    whether p(z) is trained, else what needs it is left out. "disputed" holds the shares of images
+    on which the members of an oracle disagree, by the names of the metrics.
     """
     torch.manual_seed(seed)
     model.eval()
@@ -335,18 +361,22 @@ def evaluate(model, dataset, oracles, examples=100, samples=1000, seed=0, root="
     if hasattr(benchmark, "evaluate"):
         return benchmark.evaluate(model, dataset, root, seed)
     if hasattr(benchmark, "correlated"):
-        return correlations(*benchmark.correlated(model, dataset, root))
+        pairs, judged = benchmark.correlated(model, dataset, root)
+        return correlations(pairs, {k: v for k, v in judged.items() if prior or k != "joint"})
     metrics = {}
-    if oracles and in_parts(dataset):
-        metrics |= split_accuracy(model, dataset, oracles)
-    elif oracles:
-        metrics |= coherence(model, dataset, oracles)
-        metrics |= joint_coherence(model, dataset, oracles)
-        metrics |= mutual_information(model, dataset, oracles)
+    if oracles:
+        judge = split_accuracy if in_parts(dataset) else coherence
+        metrics, disputed = judge(model, dataset, oracles)
+        if judge is coherence and prior:
+            joint, doubt = joint_coherence(model, dataset, oracles)
+            metrics, disputed = metrics | joint, disputed | doubt
+        metrics["disputed"] = disputed
+        if judge is coherence:
+            metrics |= mutual_information(model, dataset, oracles)
     if dataset.train.labels is not None and dataset.test.labels is not None:
         metrics |= latent_accuracy(model, dataset)
     if examples:
-        metrics |= log_likelihood(model, dataset, examples, samples)
+        metrics |= log_likelihood(model, dataset, examples, samples, prior)
     return metrics
 
 
@@ -390,7 +420,7 @@ def joint_samples(model, dataset, oracles, columns=10, lines=5):
         means = model.decode(model.prior().sample((columns,)))
         rows += [(name, view(means)) for name, view in views(dataset).items()]
         if oracles:
-            digits = readings(means, dataset, oracles)
+            digits, _ = readings(means, dataset, oracles)
             agree = (digits == digits[0]).all(0)
             read += [(digit, agree) for digit in digits]
     return rows, read or None
@@ -558,9 +588,8 @@ def paper_name(run):
         return None
     if options.get("posterior") == "laplace":
         return f"{model}, Laplace"
-    return model + "*" * (
-        options.get("objective", "") == {"SVAE": "vaevae", "VAEVAE": "svae"}.get(model)
-    )
+    star = {"SVAE": "vaevae", "VAEVAE": "svae"}.get(model)
+    return model + "*" * (options.get("objective", "") == star)
 
 
 def paper_row(run, titles):
@@ -606,7 +635,11 @@ def table(results, paper=False):
             minutes = f"{np.mean([r['minutes'] for r in group]):.1f}"
             seeds = len({r["run"]["seed"] for r in group})
             row = [model, f"{run['paired']:g}", run["unpaired"], epochs, seeds, minutes]
-            row += [number([c.get(t, math.nan) for c in cells]) for t in titles]
+            disputed = [columns(r.get("disputed", {})) for r in group]
+            for t in titles:
+                cell = number([c.get(t, math.nan) for c in cells])
+                shares = [d[t] for d in disputed if t in d]
+                row.append(f"{cell} ({np.mean(shares):.1%})" if shares else cell)
             lines.append("| " + " | ".join(map(str, row)) + " |")
             if paper and (row := paper_row(run, titles)):
                 row[0] += " (other data)" if ":" in name or run.get("limit") else ""
@@ -621,6 +654,12 @@ def notes(results):
     if oracle := results[0].get("oracle"):
         accuracy = ", ".join(f"{view} {share:.3f}" for view, share in oracle.items())
         lines.append(f"Test accuracy of the oracles: {accuracy}.")
+    if shares := [columns(r["disputed"]) for r in results if r.get("disputed")]:
+        lines.append("In brackets: the share of the judged images on which the oracles disagree.")
+        if doubt := sorted({t for found in shares for t, share in found.items() if share > 0.05}):
+            lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
+    if any(not r.get("prior", True) for r in results):
+        lines.append("MEME's p(z), of pseudo-samples, is trained by single modalities: left out.")
     limited = [r for r in results if r["run"].get("limit")]
     for limit in sorted({r["run"]["limit"] for r in limited}):
         folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)
@@ -651,8 +690,7 @@ def draw(run, dataset, oracles, folder, root, seed=0):
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
         above = f"{heading} · samples of p(z)"
-        pairs = run.args["paired"] == 1 and run.args["unpaired"] != "all" and dataset.mask is None
-        if run.args["model"] == "MEME" and pairs:
+        if not has_prior(run.model, run.args, dataset):
             above += "\n(of pseudo-samples, which whole pairs do not train)"
         drawing.page(joint, above, path("joint"), read)
     if dataset.test.labels is not None:
@@ -777,8 +815,10 @@ def measure(run, dataset, oracles, accuracies, root, args):
     print(f"evaluating {run.folder} ...", file=sys.stderr)
     examples = len(dataset.test) if args.full else min(100, len(dataset.test))
     examples = 0 if args.no_likelihoods else examples
-    metrics = evaluate(run.model, dataset, oracles, examples, args.samples, args.seed, root)
-    return metrics | {
+    prior = has_prior(run.model, run.args, dataset)
+    options = examples, args.samples, args.seed, root, prior
+    return evaluate(run.model, dataset, oracles, *options) | {
+        "prior": prior,
         "oracle": accuracies,
         "data": f"{dataset.name}: {dataset.note}" if dataset.note else dataset.name,
         "run": run.args,

@@ -19,6 +19,9 @@ import nets
 from benchmarks import oracles
 
 
+ORACLE_STEPS = {"image": 600, "mnist": 600, "svhn": 2000}
+
+
 def load(name, root):
     return load_mnist_svhn(root) if name == "mnist-svhn" else load_bands(root, name)
 

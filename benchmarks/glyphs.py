@@ -13,6 +13,9 @@ import data
 from benchmarks import oracles
 
 
+ORACLE_STEPS = {"grey": 200, "colour": 200}
+
+
 def load(name, root):
     """Grey 1x28x28 and coloured 3x32x32 images of the same digit, 10,000 + 2,000. Nothing is read
     from `root`."""
