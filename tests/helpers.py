@@ -71,6 +71,7 @@ def forked(call, *args):
     if not pid:
         code = 1
         try:
+            torch.set_num_threads(1)  # anew after a fork, before threads do so at the same time
             call(*args)
             code = 0
         except SystemExit as end:
@@ -107,7 +108,7 @@ def arrays(tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three short runs of mvae on a labelled .npz: two of one setting, one with half of the pairs."""
+    """Short runs of mvae on a labelled .npz: two of one setting, one with half of the pairs."""
     rng = np.random.default_rng(0)
     found = {f"{part}_labels": rng.integers(3, size=60) for part in ("train", "test")}
     for part, m in itertools.product(("train", "test"), range(2)):

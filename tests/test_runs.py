@@ -1,5 +1,5 @@
-"""What runs survive: kills, failing writes, damaged files, any command line; and whether the commands
-and numbers of the pages are true. `pytest -m slow` tries each some hundred times."""
+"""What runs survive: kills, failing writes, damaged files, any command line; and whether what the
+pages show, commands and numbers, is true. `pytest -m slow` tries each some hundred times."""
 
 import contextlib
 import csv
@@ -179,7 +179,7 @@ def test_a_stopped_run_says_how_to_go_on(number, arrays, tmp_path, capsys, monke
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
-# ------------------------------------------------------------------------ writes, losses, checkpoints
+# ---------------------------------------------------------------------- writes, losses, checkpoints
 
 
 @pytest.mark.parametrize("module, name", [(data, "open"), (os, "fsync"), (os, "replace")])
@@ -385,7 +385,7 @@ def test_bombs_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
     assert cub.read_photo(tmp_path / "strip.png", lambda image: 1 / 0) is None
 
 
-# ----------------------------------------------------------------- prepared at once, and killed in it
+# --------------------------------------------------------------- prepared at once, and killed in it
 
 
 @pytest.fixture
@@ -460,13 +460,13 @@ def test_mnist_appears_when_all_of_it_is_there(small_root, tmp_path, monkeypatch
     assert listing(root / "MNIST" / "raw") == sorted(source)
 
 
-# ------------------------------------------ whatever the arguments and the files, a step or a sentence
+# --------------------------------------- whatever the arguments and the files, a step or a sentence
 
 NUMBERS = """1 2 3 7 0 -1 2147483647 2147483648 1e3 x 1_0 99999999999999999999 nan inf -inf 1e-320
 1e320 1e38 0.5 0.1""".split() + [""]  # fmt: skip
 WORDS = {  # of the flags that do not take a number
-    "dataset": """own.npz own.npz three.npz mask.npz cut.npz dir.npz none.npz nope glyphs mnist-split
-               mnist-svhn cub spectra""".split() + ["", "a" * 300 + ".npz"],
+    "dataset": """own.npz own.npz three.npz mask.npz cut.npz dir.npz none.npz nope glyphs
+               mnist-split mnist-svhn cub spectra""".split() + ["", "a" * 300 + ".npz"],
     "data": [".", "none", "file", "", "a" * 300], "device": ["cpu", "cuda", "x"],
     "unpaired": ["split", "all", "rest", "none", "0", "1", "2", "nope", "", "a/b", "--"],
     "sampling": ["natural", "balanced", "x"], "direction": ["0", "1", "2", "x", ""],
@@ -768,7 +768,7 @@ def test_a_digit_that_the_test_split_lacks_leaves_the_other_numbers_as_they_are(
     assert metrics["joint_coherence"] == 1 and min(metrics["latent_accuracy"].values()) > 0.99
 
 
-# ----------------------------------------------------------------- the commands and numbers of the pages
+# ------------------------------------------------------------ the commands and numbers of the pages
 
 
 def page(name):
