@@ -8,7 +8,8 @@
     L(x_m)        = E_q(z|x_m)[ log p(x_m|z) ] - KL(q(z|x_m) || p(z))               Eq. (20), (21)
 
 In eq. (19) q(z|x_m) stands for p(z|x_m), as set below eq. (28). Three modalities: eq. (29)-(38).
-Shapes: B examples, L latent dimensions. A missing modality is None. Every q_m is an `expert`.
+Shapes: B examples, L latent dimensions. A missing modality is None. Every q_m is
+`bounded`, or exactly as printed (--experts exact).
 Run:    python svae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .91 .91
 """
 
@@ -66,7 +67,8 @@ def product(gaussians):
 
 
 class SVAE(nn.Module):
-    """objective: "svae", eq. (19), or "vaevae", without its L(x_1) + L(x_2) (SVAE*);
+    """objective: "svae", eq. (19), or "vaevae", without its L(x_1) + L(x_2) (SVAE*; of three
+    modalities, whose eq. (32) has them of unpaired data alone, the printed form);
     prior_expert: p(z) as one more expert of every product, as in the released code;
     experts: "exact", N(mu, exp(logvar)), or "bounded", which do not die at high learning rates."""
 

@@ -262,6 +262,23 @@ def test_importance_sampling_finds_the_evidence_whatever_the_weights_of_training
         check(exactly, xs[0], None, given=[None, xs[1]])
 
 
+def test_meme_of_three_with_product_has_one_prior_in_training_and_after_it():
+    sizes = (3, 2, 2)
+    model, xs = linear_model("meme", sizes, explicit="product", pseudo_samples=1), pair(4, sizes)
+    for encode in model.requires_grad_(False).modules():
+        if isinstance(encode, Linear):
+            encode.logvar.data.fill_(0.5)
+    gaussians = model.encode(xs)[1:]
+    precision = sum((-logvar).exp() for _, logvar in gaussians)  # of p(z|x_2, x_3), the product
+    mu = sum(mu * (-logvar).exp() for mu, logvar in gaussians) / precision
+    found = model.posterior(None, *xs[1:])
+    assert_close(found.mean, mu)
+    assert_close(found.variance, 1 / precision)
+    exactly = evidence(model, only(xs, 0), mu[0], 1 / precision[0])
+    seen = model.log_likelihood(xs[0], None, None, samples=50_000, given=[None, *xs[1:]])
+    assert_close(seen, exactly.expand(4), atol=0.1, rtol=0)
+
+
 # --------------------------------------------------------------------------------------------- MEME
 
 

@@ -379,9 +379,10 @@ def read_photo(path, transform):
         with Image.open(path) as image:
             if max(image.size) > min(8192, 20 * min(image.size)):  # a strip would fill the memory
                 return None
-            return transform(image.convert("RGB"))
+            photo = image.convert("RGB")
     except Exception:  # Pillow's readers raise whatever a damaged file leads to
         return None
+    return transform(photo)
 
 
 def resume(partial, cache):
