@@ -104,6 +104,7 @@ def load(name, root="./data", limit=None):
         raise ValueError(
             f"there is no data set {name!r}; choose {', '.join(DATASETS)} or a path.npz"
         )
+    dataset = dataset._replace(spec=json.loads(json.dumps(dataset.spec)))  # as args.json has it
     if limit is None:
         return dataset
     mask = None if dataset.mask is None else dataset.mask[:limit]

@@ -455,7 +455,7 @@ def gradient_ratios(model, xs, draws=30):
     parts = [list(getattr(model, part).parameters()) for part in ("encoders", "decoders")]
     sizes = [sum(weight.numel() for weight in part) for part in parts]
     found, trained = {}, (model.kl, model.full_gradient)
-    model.kl = "sample"  # eq. (6) as printed, of which eq. (7) is the gradient
+    model.kl = "sample"  # the form of eq. (6), of which eq. (7) is the gradient
     for name, full in (("w detached", False), ("eq. (7)", True)):
         model.full_gradient, total, squares = full, 0, 0
         for _ in range(draws):

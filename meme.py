@@ -11,7 +11,7 @@ The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i a
 that stand in for a missing t. Log p(t), a constant, is left out. The defaults are no bound: a KL in
 closed form, outside w, and c = 10 on log q(t|s); the reasons stand beside them.
 Shapes: B examples, K samples, L latent dimensions, N pseudo-samples. A missing modality is None.
-Run:    python meme.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .99 .98
+Run:    python meme.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .999 1.000
 """
 
 import math
@@ -143,15 +143,15 @@ class MEME(nn.Module):
         log_p_s = self.log_p(s, z[0], xs[s])  # (B,)
         log_q_t = sum(self.log_p(m, z, xs[m]) for m in t)  # (K, B)
         log_q_t_given_s, w = self.weigh(log_q_t)
-        # c = 10: with 1, w detached, the expected gradient of s -> t reconstruction is zero
         prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
-        if self.kl == "closed" and len(prior_mu) == 1:  # outside w, whose mean is 1: less noise
+        # c = 10: with 1, w detached, the expected gradient of s -> t reconstruction is zero
+        if self.kl == "closed" and len(prior_mu) == 1:  # Eq. (6), its KL outside w: less noise
             kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
             return w * (log_p_s - log_q_t[0]) - kl + self.classifier_scale * log_q_t_given_s
         log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0) - math.log(len(prior_mu))
         log_q_z = log_normal(z[0], mu, logvar)
         ratio = log_p_s + log_p_z - log_q_z - log_q_t[0]
-        return w * ratio + self.classifier_scale * log_q_t_given_s  # Eq. (6)
+        return w * ratio + self.classifier_scale * log_q_t_given_s  # Eq. (6), where c is 1
 
     def conditional_prior(self, gaussians):
         """p(z|t): the components of a mixture of t's encoders, or their product alone (App. E)."""
@@ -294,7 +294,7 @@ def parser(argv):
 
 
 def run_folder(p, args, common):
-    """Named after what makes the run."""
+    """Named after the model's own options, the data set, the pairing and the seed."""
     changed = {k: v for k, v in vars(args).items() if k not in common and v != p.get_default(k)}
     name = [Path(__file__).stem, *(f"{k}={v}".replace("_", "-") for k, v in changed.items())]
     name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
@@ -326,7 +326,7 @@ def build(p, args, common, world):
     return dataset, streams, model, record
 
 
-def start(args, model, train, streams, state, world):
+def start(args, model, split, streams, state, world):
     """Model and optimizer on the device, as new or as in state. -> net, optimizer"""
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -342,7 +342,7 @@ def start(args, model, train, streams, state, world):
             raise ValueError(f"checkpoint.pt does not fit: {data.one_line(error)}") from None
         optimizer.param_groups[0]["lr"] = args.lr
     elif hasattr(model, "start_pseudo"):
-        model.start_pseudo(data.observed(train, streams, len(model.pseudo[0])))
+        model.start_pseudo(data.observed(split, streams, len(model.pseudo[0])))
     if world > 1:  # a stream of one modality leaves the other decoders unused
         net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     return torch.compile(net) if args.compile else net, optimizer
@@ -388,7 +388,7 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
     sizes, steps = data.shares(streams, args.batch_size, args.sampling)
     shown, index = streams[0]
     sample = data.show(split, shown, index[:256].to(args.device))  # for the nats of each epoch
-    done, first = state["epoch"], time.perf_counter()
+    done, since = state["epoch"], time.perf_counter()
     for epoch in range(done + 1, args.epochs + 1):
         seed = 1_000_003 * args.seed + epoch
         torch.manual_seed(4_099 * seed + rank)  # the noise
@@ -423,8 +423,8 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
             state["log"].append({"epoch": epoch, **row, **pace})
             save(run, model, optimizer, state | {"epoch": epoch})
             text = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
-            left = (time.perf_counter() - first) / (epoch - done) * (args.epochs - epoch) / 60
-            text += f"  {pace['examples_per_second']:.0f} examples/s  {left:.1f} minutes left"
+            minutes = (time.perf_counter() - since) / (epoch - done) * (args.epochs - epoch) / 60
+            text += f"  {pace['examples_per_second']:.0f} examples/s  {minutes:.1f} minutes left"
             print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
         state["epoch"] = epoch
 
@@ -462,15 +462,16 @@ def main(argv=None):
         if world > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        go_on = "add --resume to go on" if (run / "args.json").exists() else "before its first step"
-        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {go_on}\n")
+        how = "add --resume to go on" if os.path.exists(run / "args.json") else "nothing is kept"
+        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
     except FloatingPointError as error:
         p.exit(2, f"\n{run}: epoch {state['epoch'] + 1}: {error}; go on with --resume --lr less\n")
     except OSError as error:
-        p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
+        go_on = "; go on with --resume" if os.path.exists(run / "args.json") else ""
+        p.exit(2, f"\n{run} cannot be written ({error}){go_on}\n")
     except RuntimeError as error:
         if "allocate" in str(error):  # a CPU without memory raises no class of its own
-            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, or a smaller model\n")
+            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, another --out\n")
         if args.compile:
             p.exit(2, f"\n{run}: {data.one_line(error)}; go on with --resume --no-compile\n")
         raise

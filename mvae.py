@@ -8,7 +8,7 @@
 β is 1 or rises to it (--anneal); of three modalities or more, --subsets random ones join.
 Shapes: B examples, L latent dimensions. A missing modality is None. Every q_m is
 `bounded`, or exactly N(mu, exp(logvar)) (--experts exact).
-Run:    python mvae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .81 .87
+Run:    python mvae.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .73 .85
 """
 
 import math
@@ -201,7 +201,7 @@ def parser(argv):
 
 
 def run_folder(p, args, common):
-    """Named after what makes the run."""
+    """Named after the model's own options, the data set, the pairing and the seed."""
     changed = {k: v for k, v in vars(args).items() if k not in common and v != p.get_default(k)}
     name = [Path(__file__).stem, *(f"{k}={v}".replace("_", "-") for k, v in changed.items())]
     name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
@@ -233,7 +233,7 @@ def build(p, args, common, world):
     return dataset, streams, model, record
 
 
-def start(args, model, train, streams, state, world):
+def start(args, model, split, streams, state, world):
     """Model and optimizer on the device, as new or as in state. -> net, optimizer"""
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -249,7 +249,7 @@ def start(args, model, train, streams, state, world):
             raise ValueError(f"checkpoint.pt does not fit: {data.one_line(error)}") from None
         optimizer.param_groups[0]["lr"] = args.lr
     elif hasattr(model, "start_pseudo"):
-        model.start_pseudo(data.observed(train, streams, len(model.pseudo[0])))
+        model.start_pseudo(data.observed(split, streams, len(model.pseudo[0])))
     if world > 1:  # a stream of one modality leaves the other decoders unused
         net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     return torch.compile(net) if args.compile else net, optimizer
@@ -295,7 +295,7 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
     sizes, steps = data.shares(streams, args.batch_size, args.sampling)
     shown, index = streams[0]
     sample = data.show(split, shown, index[:256].to(args.device))  # for the nats of each epoch
-    done, first = state["epoch"], time.perf_counter()
+    done, since = state["epoch"], time.perf_counter()
     for epoch in range(done + 1, args.epochs + 1):
         seed = 1_000_003 * args.seed + epoch
         torch.manual_seed(4_099 * seed + rank)  # the noise
@@ -330,8 +330,8 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
             state["log"].append({"epoch": epoch, **row, **pace})
             save(run, model, optimizer, state | {"epoch": epoch})
             text = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
-            left = (time.perf_counter() - first) / (epoch - done) * (args.epochs - epoch) / 60
-            text += f"  {pace['examples_per_second']:.0f} examples/s  {left:.1f} minutes left"
+            minutes = (time.perf_counter() - since) / (epoch - done) * (args.epochs - epoch) / 60
+            text += f"  {pace['examples_per_second']:.0f} examples/s  {minutes:.1f} minutes left"
             print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
         state["epoch"] = epoch
 
@@ -369,15 +369,16 @@ def main(argv=None):
         if world > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        go_on = "add --resume to go on" if (run / "args.json").exists() else "before its first step"
-        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {go_on}\n")
+        how = "add --resume to go on" if os.path.exists(run / "args.json") else "nothing is kept"
+        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
     except FloatingPointError as error:
         p.exit(2, f"\n{run}: epoch {state['epoch'] + 1}: {error}; go on with --resume --lr less\n")
     except OSError as error:
-        p.exit(2, f"\n{run} cannot be written ({error}); what it held is kept: --resume\n")
+        go_on = "; go on with --resume" if os.path.exists(run / "args.json") else ""
+        p.exit(2, f"\n{run} cannot be written ({error}){go_on}\n")
     except RuntimeError as error:
         if "allocate" in str(error):  # a CPU without memory raises no class of its own
-            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, or a smaller model\n")
+            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, another --out\n")
         if args.compile:
             p.exit(2, f"\n{run}: {data.one_line(error)}; go on with --resume --no-compile\n")
         raise

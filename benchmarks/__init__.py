@@ -9,7 +9,8 @@ and may have, each used where it is found,
     flags(flag)          flags of `python data.py NAME`
     prepare(root, args)  what that command does before it loads: makes files from downloads
     views(dataset)       oracles of digits judge it, each one of these: {name: function of the M
-                         modalities -> images}; a single one puts together what are parts of it
+                         modalities -> images, H, W >= 24}, labels being 0 to 9; a single one puts
+                         together what are parts of it; with ORACLE_STEPS, {name: steps of training}
     evaluate(model, dataset, root, seed)
                          metrics of its own in place of all others, as they stand in metrics.json;
                          the model is in eval mode, the generator seeded

@@ -380,6 +380,8 @@ def read_photo(path, transform):
             if max(image.size) > min(8192, 20 * min(image.size)):  # a strip would fill the memory
                 return None
             photo = image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception:  # Pillow's readers raise whatever a damaged file leads to
         return None
     return transform(photo)
