@@ -333,8 +333,8 @@ def extract(cub, made, files, train, net, weights, normalise, device=None, batch
     """Features of files (the first `train` of them are the training photos), kept in
     features.partial.npz as it goes.
 
-    `every`: seconds between two saves; an interrupted run loses no more. An unreadable photo is
-    skipped and counted.
+    `every`: seconds between two saves; an interrupted run loses no more. A photo that `read_photo`
+    cannot read is skipped and counted.
     -> what read_features returns
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
