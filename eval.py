@@ -198,7 +198,7 @@ def readings(means, dataset, oracles):
 
 
 @torch.no_grad()
-def generated_digits(model, dataset, oracles, shown):
+def judged(model, dataset, oracles, shown):
     """Every test example: z ~ q(z|shown), all modalities decoded, and what the oracles read.
     -> {view: (share that is the example's digit, share that is in dispute)}"""
     right, disputed = [], []
@@ -216,7 +216,7 @@ def split_accuracy(model, dataset, oracles):
     -> metrics, and like them the shares in dispute"""
     accuracy, disputed = {}, {}
     for name, shown in subsets(dataset.names).items():
-        (shares,) = generated_digits(model, dataset, oracles, shown).values()
+        (shares,) = judged(model, dataset, oracles, shown).values()
         accuracy[name], disputed[name] = shares
     return {"accuracy": accuracy}, {"accuracy": disputed}
 
@@ -226,7 +226,7 @@ def coherence(model, dataset, oracles):
     -> metrics, and like them the shares in dispute"""
     found = [{"cross_coherence": {}, "self_coherence": {}} for _ in range(2)]
     for source, shown in singles(dataset.names).items():
-        for target, shares in generated_digits(model, dataset, oracles, shown).items():
+        for target, shares in judged(model, dataset, oracles, shown).items():
             own = target == source
             section = "self_coherence" if own else "cross_coherence"
             for metrics, share in zip(found, shares):

@@ -199,7 +199,7 @@ class MEME(nn.Module):
         mu, logvar = self.conditional_prior(seen)  # (n, B, L)
         if len(mu) == 1:
             return normal(mu[0], logvar[0])
-        return mixture(*(torch.stack(parameters, 1) for parameters in zip(*seen)))
+        return mixture(*(parameter.transpose(0, 1).contiguous() for parameter in (mu, logvar)))
 
     def prior(self, s=None):
         """p(z): the mixture over all pseudo-samples, our choice; with s: eq. (4)'s prior of

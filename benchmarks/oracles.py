@@ -217,7 +217,8 @@ def load_oracle(dataset, name, root, seed=0, steps=None):
         pass
     print(f"training {MEMBERS} oracles of {dataset.name}, {name} ...", file=sys.stderr)
     oracle = train_oracle(dataset.train, view, steps, seed)
-    accuracy = shared(digits(oracle, view, dataset.test), dataset.test.labels)
+    right = digits(oracle, view, dataset.test) == dataset.test.labels
+    accuracy = right.double().mean().item()
     saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,8 +233,3 @@ def digits(oracle, view, split):
     """What the oracle reads in the real images of a split. -> (N,)"""
     parts = torch.arange(len(split)).split(500)
     return torch.cat([oracle(view(split[index]))[0] for index in parts])
-
-
-def shared(a, b):
-    """The share of equal entries."""
-    return (a == b).double().mean().item()
