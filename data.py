@@ -14,6 +14,7 @@ in [0, 1].
 
 import argparse
 import csv
+import difflib
 import hashlib
 import importlib
 import io
@@ -21,6 +22,7 @@ import json
 import lzma
 import math
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -90,25 +92,62 @@ class Dataset(NamedTuple):
     note: str = ""  # what a reader of results must know, printed beside them
 
 
-def load(name, root="./data", limit=None):
+def load(name, root="./data", limit=None, likelihoods=None, constants=None):
     """A data set by name, or a user's path.npz. ValueError, in a sentence, for whatever is wrong
     with the files.
 
-    limit: the first N training examples only.
+    limit: the first N training examples only. Of an .npz alone: likelihoods: one per modality,
+    instead of those that its arrays suggest; constants: what its features are standardised with, as
+    spec["standardise"] has it, {} for not at all, None for those of the training examples. A run's
+    data as it saw them: likelihoods=spec["likelihoods"], constants=spec.get("standardise", {}).
     """
     if str(name).endswith(".npz"):
-        dataset = load_npz(Path(name))
+        dataset = load_npz(Path(name), limit, likelihoods, constants)
     elif name in DATASETS:
         dataset = benchmark(name).load(name, Path(root))
     else:
-        raise ValueError(
-            f"there is no data set {name!r}; choose {', '.join(DATASETS)} or a path.npz"
-        )
+        choices = f"choose {', '.join(DATASETS)} or a path.npz"
+        raise ValueError(f"there is no data set {name!r}: {nearest(name, DATASETS, choices)}")
     dataset = dataset._replace(spec=json.loads(json.dumps(dataset.spec)))  # as args.json has it
     if limit is None:
         return dataset
     mask = None if dataset.mask is None else dataset.mask[:limit]
     return dataset._replace(train=dataset.train.first(limit), mask=mask)
+
+
+def nearest(word, known, otherwise):
+    """What an error says after a word that is none of those known: the likest, if one is like."""
+    found = difflib.get_close_matches(str(word), [str(one) for one in known], 1)
+    return f"did you mean {found[0]!r}?" if found else otherwise
+
+
+def standardise(x, constants):
+    """Features with the training examples' mean 0 and deviation 1, each. x: numpy or torch,
+    (..., *shape); constants {"mean": [...], "std": [...]}, of the flattened features, or None: x as
+    it is."""
+    if constants is None:
+        return x
+    mean, std = (shaped(constants[key], x) for key in ("mean", "std"))
+    return (x - mean) / std
+
+
+def unstandardise(x, constants):
+    """The inverse of standardise: features in the units of the data."""
+    if constants is None:
+        return x
+    mean, std = (shaped(constants[key], x) for key in ("mean", "std"))
+    return x * std + mean
+
+
+def shaped(values, x):
+    """One number per feature, of x's kind and of the shape of its last axes, as many as hold them."""
+    axes = next(
+        (k for k in range(x.ndim + 1) if math.prod(x.shape[x.ndim - k :]) == len(values)), 0
+    )
+    shape = x.shape[x.ndim - axes :]
+    if isinstance(x, torch.Tensor):
+        return torch.tensor(values, dtype=x.dtype, device=x.device).view(shape)
+    return np.asarray(values, x.dtype).reshape(shape)
 
 
 def benchmark(name):
@@ -493,92 +532,183 @@ def progress(what, done, step, total, start, first=0):
         print(line, file=sys.stderr, flush=True)
 
 
-def load_npz(path):
-    """A user's arrays train_0, train_1, ..., test_0, ...; optionally train_labels, test_labels,
-    train_mask (N, M)."""
-    arrays = read_npz(path, ("train_0", "train_1", "test_0", "test_1"))
-    m = next(k for k in range(len(arrays) + 1) if f"train_{k}" not in arrays)
-    names = tuple(str(k) for k in range(m))
-    known = {f"{part}_{key}" for part in ("train", "test") for key in (*names, "labels")} | {
-        "train_mask"
-    }
-    if set(arrays) - known:
-        raise ValueError(
-            f"{path}: unknown array {min(set(arrays) - known)!r}; it takes {', '.join(sorted(known))}"
-        )
-    for key in sorted(arrays):  # test_0 and train_0 before those that are compared with them
-        array = arrays[key]
-        if array.dtype.kind not in "buif" or not array.ndim:
-            raise ValueError(f"{path}: {key} is to be numbers, one row per example")
-        first = f"{key.split('_')[0]}_0"
-        if len(array) != len(arrays[first]):
-            raise ValueError(
-                f"{path}: {key} {array.shape} does not have the {len(arrays[first]):,} examples "
-                f"of {first}"
-            )
-    mask = None
-    if "train_mask" in arrays:
-        mask = torch.from_numpy(arrays["train_mask"].astype(bool))
-        if mask.shape != (len(arrays["train_0"]), m):
-            raise ValueError(
-                f"{path}: train_mask is {tuple(mask.shape)}, not (examples, modalities)"
-            )
-    splits, kinds = [], {}
+UNPAIRED = ("split", "all", "rest", "none")
+MOST_CLASSES = 2**16
+
+
+def load_npz(path, limit=None, likelihoods=None, constants=None):
+    """A user's arrays train_NAME, ..., test_NAME, ..., a modality each, in the archive's order;
+    optionally train_labels, test_labels, train_mask (N, M): which arrays an example shows. limit,
+    likelihoods, constants: as load has them."""
+    arrays = read_npz(path)
+    names = own_names(path, arrays)
     for part in ("train", "test"):
-        bases = []
-        for k, name in enumerate(names):
-            key = f"{part}_{name}"
-            if key not in arrays:
-                raise ValueError(f"{path} has train_{name} but no {key}")
-            shown = mask[:, k].numpy() if part == "train" and mask is not None else slice(None)
-            base, kind = own_array(path, key, arrays[key], shown, kinds.get(name))
-            found = kind, base.dtype, base.shape[1:]
-            if found != kinds.setdefault(name, found) or not len(base):
-                raise ValueError(f"{path}: {key} {tuple(base.shape)} does not fit the other arrays")
-            bases.append(base)
-        labels = arrays.get(f"{part}_labels")
-        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-            raise ValueError(f"{path}: {part}_labels is to hold one integer per example")
-        splits.append(
-            Split(
-                bases, labels=None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        refuse_rows(path, part, names, arrays)
+    shape = len(arrays[f"train_{names[0]}"]), len(names)
+    mask = arrays.get("train_mask", np.ones(shape, bool)).astype(bool)
+    if mask.shape != shape:
+        raise ValueError(f"{path}: train_mask is {mask.shape}, not (examples, modalities), {shape}")
+    asked = [*(likelihoods or []), *[None] * len(names)]
+    bases, kinds, shapes, classes, scaled = ([], []), [], {}, {}, {}
+    for name, shown, likelihood in zip(names, mask.T, asked):
+        if not shown[:limit].any():
+            raise ValueError(f"{path}: no example to train with shows {name}")
+        both, likelihood = own_array(path, name, arrays, shown, likelihood)
+        shapes[name] = list(both[0].shape[1:])
+        kinds.append(likelihood)
+        if not shapes[name]:
+            classes[name] = 1 + int(max(x.max() for x in both))
+        elif likelihood in ("laplace", "normal") and both[0].ndim != 4:
+            own = constants_of(both[0][:limit][shown[:limit]]) if constants is None else None
+            own = own or constants.get(name)
+            both = [standardise(x.astype(np.float64), own) if own else x for x in both]
+            scaled |= {name: own} if own else {}
+        for found, x in zip(bases, both):
+            found.append(torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else x))
+    labels = [arrays.get(f"{part}_labels") for part in ("train", "test")]
+    labels = [None if x is None else torch.from_numpy(x.astype(np.int64)) for x in labels]
+    spec = {"name": "npz", "shapes": shapes, "likelihoods": kinds}
+    spec |= {"classes": classes} if classes else {}
+    spec |= {"standardise": scaled} if scaled else {}
+    masked = "train_mask" in arrays
+    return Dataset(
+        str(path),
+        *(Split(found, labels=x) for found, x in zip(bases, labels)),
+        spec,
+        tuple(names),
+        torch.from_numpy(mask) if masked else None,
+        note=f"train_mask hides {1 - mask.mean():.0%} of the arrays" if masked else "",
+    )
+
+
+def own_names(path, arrays):
+    """The names of the modalities, in the archive's order. ValueError where an array is none that
+    load_npz takes, or lacks its counterpart in the other split."""
+    named = {key: key.partition("_")[2] for key in arrays if re.match("(train|test)_", key)}
+    names = [name for name in dict.fromkeys(named.values()) if name not in ("labels", "mask")]
+    known = [f"{part}_{name}" for name in (*names, "labels") for part in ("train", "test")]
+    known.append("train_mask")
+    for key in arrays:
+        if key not in known:
+            takes = "it takes train_NAME, test_NAME, train_labels, test_labels, train_mask"
+            raise ValueError(f"{path}: unknown array {key!r}: {nearest(key, known, takes)}")
+    for key, name in named.items():
+        other = f"{'test' if key[:5] == 'train' else 'train'}_{name}"
+        if name in names and other not in arrays:
+            others = [k for k in arrays if k[:5] == other[:5]]
+            raise ValueError(
+                f"{path} has {key!r} but no {other!r}: {nearest(other, others, 'add it')}"
             )
-        )
-    shapes = {name: list(kinds[name][2]) for name in names}
-    spec = {"name": "npz", "shapes": shapes, "likelihoods": [kinds[name][0] for name in names]}
-    note = "" if mask is None else f"train_mask hides {1 - mask.double().mean():.0%} of the arrays"
-    return Dataset(str(path), *splits, spec, names, mask, note=note)
-
-
-def own_array(path, key, array, shown, decided):
-    """A user's array as a base, and its likelihood: bits and bytes Bernoulli, floats Laplace. ->
-    tensor, likelihood"""
-    if array.ndim < 2 or 0 in array.shape[1:]:
+    for name in names:
+        if not re.fullmatch(r"\w[\w .-]*", name) or name in UNPAIRED:
+            raise ValueError(
+                f"{path}: a modality cannot be called {name!r}: letters, digits, _ . - and spaces, "
+                f"and none of {', '.join(UNPAIRED)}"
+            )
+    if len(names) < 2:
         raise ValueError(
-            f"{path}: {key} is to be numbers, (examples, features) or (examples, C, H, W)"
+            f"{path} has {len(names) or 'no'} array to train with: it is to have train_NAME and "
+            "test_NAME of two modalities or more"
         )
-    if array.dtype.kind == "f":
+    return names
+
+
+def refuse_rows(path, part, names, arrays):
+    """ValueError unless all arrays of a split are numbers with the same number of rows."""
+    n = len(np.atleast_1d(arrays[f"{part}_{names[0]}"]))
+    for key, array in arrays.items():
+        if not key.startswith(f"{part}_"):
+            continue
+        if array.dtype.kind not in "buif" or not array.ndim or 0 in array.shape:
+            raise ValueError(f"{path}: {key} is to be numbers, one row per example")
+        if len(array) != n:
+            raise ValueError(
+                f"{path}: {key} {array.shape} does not have the {n:,} examples of {part}_{names[0]}"
+            )
+    labels = arrays.get(f"{part}_labels")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise ValueError(f"{path}: {part}_labels is to hold one integer per example")
+
+
+def own_array(path, name, arrays, shown, asked):
+    """A modality's two arrays, as they are held but for standardisation, and its likelihood: the one
+    asked for, or what the training examples that show it suggest.
+
+    Integers (examples,) are a class: categorical. 0 and 1 alone are bits, bytes are greys:
+    Bernoulli. Other integers from 0 on are counts: Poisson. Images, (examples, H, W) or (examples,
+    C, H, W), are bits, bytes or floats in [0, 1]: Bernoulli. All else is numbers: Laplace.
+    -> [train, test], likelihood
+    """
+    both, kind = [], None
+    for part in ("train", "test"):
+        array, where = arrays[f"{part}_{name}"], f"{path}: {part}_{name}"
+        seen = shown if part == "train" else np.ones(len(array), bool)
+        if array.ndim == 1 and array.dtype.kind == "f":
+            raise ValueError(f"{where} is to be (examples, features), or a class: whole numbers")
         with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
-            array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array[shown]).all():
-        raise ValueError(f"{path}: {key} has values that are not finite")
-    array = np.nan_to_num(array, posinf=0, neginf=0)  # what a mask hides may be anything
-    if array.ndim == 3:
-        array = array[:, None]  # grey images
-    if array.ndim == 4 and min(array.shape[2:]) < 8:
-        raise ValueError(
-            f"{path}: {key} has images smaller than 8 x 8: (examples, C, H, W) is the order; or "
-            "flatten them to (examples, features)"
-        )
-    binary = np.isin(array[shown], (0, 1)).all() if decided is None else decided[0] == "bernoulli"
-    large = array.max(initial=0) > 1 if decided is None else decided[1] == torch.uint8
-    if array.dtype == np.uint8 and large:
-        return torch.from_numpy(array), "bernoulli"
-    if binary and np.isin(array[shown], (0, 1)).all():
-        return torch.from_numpy(array.astype(bool)), "bernoulli"
-    if array.ndim == 4 and not (array[shown].min() >= 0 and array[shown].max() <= 1):
-        raise ValueError(f"{path}: {key} has images that are neither bytes nor floats in [0, 1]")
-    return torch.from_numpy(array.astype(np.float32)), "bernoulli" if array.ndim == 4 else "laplace"
+            if not np.isfinite(array[seen].astype(np.float32)).all():
+                raise ValueError(f"{where} has values that are not finite")
+        if not seen.all():  # what a mask hides may be anything
+            array = np.where(seen.reshape(-1, *[1] * (array.ndim - 1)), array, array.dtype.type(0))
+        array = array[:, None] if array.ndim == 3 else array  # grey images
+        if array.ndim == 4 and min(array.shape[2:]) < 8:
+            raise ValueError(
+                f"{where} has images smaller than 8 x 8: (examples, C, H, W) is the order; or "
+                "flatten them to (examples, features)"
+            )
+        kind = kind or kind_of(array[seen], asked)
+        wrong = misfit(array, kind)
+        if both and array.shape[1:] != both[0].shape[1:]:
+            wrong = f"{array.shape} does not fit {both[0].shape}"
+        if wrong:
+            raise ValueError(f"{where} {wrong}" + (f", as train_{name} has" if both else ""))
+        both.append(array.astype({"class": np.int64, "bits": bool}.get(kind, array.dtype)))
+    if kind == "counts":
+        both = [array.astype(np.float32) for array in both]
+    usual = {"class": "categorical", "counts": "poisson", "numbers": "laplace"}
+    return both, asked or usual.get(kind, "bernoulli")
+
+
+def kind_of(array, asked):
+    """class, bits, bytes, greys, counts or numbers: what the training examples of an array are."""
+    if array.ndim == 1:
+        return "class"
+    if array.ndim != 4 and asked == "poisson":
+        return "counts"
+    if array.dtype != np.uint8 and array.ndim != 4 and asked in ("laplace", "normal"):
+        return "numbers"
+    if np.isin(array, (0, 1)).all():
+        return "bits"
+    if array.dtype == np.uint8:
+        return "bytes"
+    if array.ndim == 4:
+        return "greys"
+    return "counts" if array.dtype.kind in "iu" and array.min() >= 0 else "numbers"
+
+
+def misfit(array, kind):
+    """What is wrong with an array of a kind, or None."""
+    if kind == "class" and (
+        array.dtype.kind == "f" or not 0 <= array.min() <= array.max() < MOST_CLASSES
+    ):
+        return f"is to hold classes, whole numbers from 0 to {MOST_CLASSES - 1:,}"
+    if kind == "bits" and not np.isin(array, (0, 1)).all():
+        return "is not 0 and 1 alone"
+    if kind == "bytes" and array.dtype != np.uint8:
+        return "is not of bytes"
+    if kind == "greys" and not 0 <= array.min() <= array.max() <= 1:
+        return "has images that are neither bytes nor floats in [0, 1]"
+    if kind == "counts" and (array.min() < 0 or (array != np.floor(array)).any()):
+        return "is to hold counts, whole numbers from 0 on"
+    return None
+
+
+def constants_of(x):
+    """Mean and deviation of each feature of x (N, ...), flattened; of a constant one 1, so that it
+    becomes 0. Plain enough for JSON."""
+    x = x.reshape(len(x), -1).astype(np.float64)
+    std = np.where(np.ptp(x, 0) > 0, x.std(0), 1.0)
+    return {"mean": x.mean(0).tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
 
 
 # --------------------------------------------------------------------------- python data.py DATASET
