@@ -50,6 +50,8 @@ DATASETS = {  # name: its file in benchmarks/, which has load(name, root) -> Dat
     "cub": "cub",
     "spectra": "spectra",
 }
+UNPAIRED = ("split", "all", "rest", "none")  # or a modality's name
+SAMPLING = ("natural", "balanced")
 
 
 class Split:
@@ -188,7 +190,7 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None, groups=No
         return patterns(mask)
     if not 0 < paired <= 1:
         raise ValueError(f"--paired is the fraction of whole examples, in (0, 1], not {paired:g}")
-    if unpaired not in ("split", "all", "rest", "none", *names):
+    if unpaired not in (*UNPAIRED, *names):
         raise ValueError(
             f"--unpaired is split, all, rest, none or one of {', '.join(names)}, not {unpaired!r}"
         )
@@ -530,9 +532,8 @@ def read_run(run):
         return {"standardise": False} | absolute(args), state  # as runs were before that flag
     except FileNotFoundError:
         others = [path.parent for path in run.parent.glob("*/args.json")]
-        raise ValueError(
-            f"{run} holds no run to resume: {nearest(run, others, 'name it with --out')}"
-        ) from None
+        meant = nearest(run, others, "start without --resume")
+        raise ValueError(f"{run} holds no run to resume (--out names another): {meant}") from None
     except Exception as error:  # cut short, never a run, or with code in it
         reason = str(error).split("\n")[0].split(". ")[0]
         why = f"{run} holds no run to resume ({type(error).__name__}: {reason})"
@@ -698,7 +699,6 @@ def progress(what, done, step, total, start, first=0):
         print(line, file=sys.stderr, flush=True)
 
 
-UNPAIRED = ("split", "all", "rest", "none")
 MOST_CLASSES = 2**16
 
 
