@@ -232,13 +232,19 @@ MODEL = MEME
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--samples", type=int, default=10, help="K, eq. (8)")
-    flag("--kl", default="closed", help="closed, outside w, or sample, as in eq. (6)")
-    flag("--classifier-scale", type=float, default=10.0, help="c, the factor of log q(t|s)")
-    flag("--full-gradient", action="store_true", help="the gradient of w, too, eq. (7)")
-    flag("--direction", metavar="NAME", help="train only L(NAME -> t)")
-    flag("--pseudo-samples", type=int, default=128, help="N, eq. (4)")
-    flag("--explicit", default="mixture", help="mixture or product: p(z|t) of several t, App. E")
+    flag("--samples", type=int, default=10, help="samples of z per example (K)")
+    flag(
+        "--kl",
+        default="closed",
+        help="KL of the posterior: closed, in closed form, or sample, at one z, eq. (6)",
+    )
+    flag(
+        "--classifier-scale", type=float, default=10.0, help="weight of predicting other modalities"
+    )
+    flag("--full-gradient", action="store_true", help="also through the importance weights: noisy")
+    flag("--direction", metavar="NAME", help="train to generate from NAME only, not back")
+    flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
+    flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts

@@ -158,10 +158,12 @@ MODEL = MMVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="iwae", help="iwae, elbo or dreg, iwae with another gradient")
-    flag("--samples", type=int, default=10, help="K of each expert")
-    flag("--tight", action="store_true", help="the mean over the experts inside the log")
-    flag("--posterior", default="normal", help="normal or laplace: the experts and the prior")
+    flag("--objective", default="iwae", help="iwae, elbo, or dreg: iwae's bound, another gradient")
+    flag("--samples", type=int, default=10, help="samples of z from each encoder (K)")
+    flag(
+        "--tight", action="store_true", help="average over encoders inside the log: a tighter bound"
+    )
+    flag("--posterior", default="normal", help="normal or laplace: encoders and prior")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts

@@ -143,9 +143,9 @@ MODEL = MVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--subsets", type=int, default=0, help="random subsets in the objective, where M > 2")
-    flag("--experts", default="bounded", help="bounded, or exact: N(mu, exp(logvar))")
-    flag("--anneal", type=int, default=0, help="epochs until the weight of the KL is 1")
+    flag("--subsets", type=int, default=0, help="of 3 or more modalities: random subsets per step")
+    flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
+    flag("--anneal", type=int, default=0, help="epochs in which the KL's weight rises to 1")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts

@@ -192,9 +192,11 @@ MODEL = SVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="svae", help="svae, eq. (19), or vaevae, without L(x_m) on pairs")
-    flag("--prior-expert", action="store_true", help="p(z) as one more expert of every product")
-    flag("--experts", default="bounded", help="bounded, or exact: N(mu, exp(logvar))")
+    flag("--objective", default="svae", help="svae, or vaevae: of pairs the joint bound alone")
+    flag(
+        "--prior-expert", action="store_true", help="multiply N(0, I) into each product of encoders"
+    )
+    flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts

@@ -166,8 +166,8 @@ MODEL = VAEVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="vaevae", help="vaevae, or svae, with L(x_m) on pairs, too")
-    flag("--variant", default="b", help="b, a network per subset of modalities, or a, a product")
+    flag("--objective", default="vaevae", help="vaevae, or svae: of pairs each one's bound, too")
+    flag("--variant", default="b", help="b: a joint encoder network; a: the product of the others")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts
