@@ -233,16 +233,10 @@ MODEL = MEME
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--samples", type=int, default=10, help="samples of z per example (K)")
-    flag(
-        "--kl",
-        default="closed",
-        help="KL of the posterior: closed, in closed form, or sample, at one z, eq. (6)",
-    )
-    flag(
-        "--classifier-scale", type=float, default=10.0, help="weight of predicting other modalities"
-    )
-    flag("--full-gradient", action="store_true", help="also through the importance weights: noisy")
-    flag("--direction", metavar="NAME", help="train to generate from NAME only, not back")
+    flag("--kl", default="closed", help="its KL: closed, a formula, or sample, at one z, eq. (6)")
+    flag("--classifier-scale", type=float, default=10.0, help="weight of predicting the others")
+    flag("--full-gradient", action="store_true", help="of the importance weights w, too: noisy")
+    flag("--direction", metavar="NAME", help="train to generate the others from NAME only")
     flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
     flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
 

@@ -160,9 +160,7 @@ def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--objective", default="iwae", help="iwae, elbo, or dreg: iwae's bound, another gradient")
     flag("--samples", type=int, default=10, help="samples of z from each encoder (K)")
-    flag(
-        "--tight", action="store_true", help="average over encoders inside the log: a tighter bound"
-    )
+    flag("--tight", action="store_true", help="average over encoders inside the log: tighter")
     flag("--posterior", default="normal", help="normal or laplace: encoders and prior")
 
 

@@ -193,9 +193,7 @@ MODEL = SVAE
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--objective", default="svae", help="svae, or vaevae: of pairs the joint bound alone")
-    flag(
-        "--prior-expert", action="store_true", help="multiply N(0, I) into each product of encoders"
-    )
+    flag("--prior-expert", action="store_true", help="multiply N(0, I) into products of encoders")
     flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
 
 
