@@ -233,9 +233,13 @@ MODEL = MEME
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--samples", type=int, default=10, help="samples of z per example (K)")
-    flag("--kl", default="closed", help="its KL: closed, a formula, or sample, at one z, eq. (6)")
+    flag("--kl", default="closed", help="KL terms: closed, a formula, or sample, at one z, eq. (6)")
     flag("--classifier-scale", type=float, default=10.0, help="weight of predicting the others")
-    flag("--full-gradient", action="store_true", help="of the importance weights w, too: noisy")
+    flag(
+        "--full-gradient",
+        action="store_true",
+        help="take the gradient of the weights w, too: noisy",
+    )
     flag("--direction", metavar="NAME", help="train to generate the others from NAME only")
     flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
     flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
