@@ -700,6 +700,14 @@ def progress(what, done, step, total, start, first=0):
 
 
 MOST_CLASSES = 2**16
+KINDS = {  # of a user's arrays: how they are held, and the likelihood unless another is asked for
+    "class": (np.int64, "categorical"),
+    "bits": (np.bool_, "bernoulli"),
+    "bytes": (np.uint8, "bernoulli"),
+    "greys": (np.float32, "bernoulli"),
+    "counts": (np.float32, "poisson"),
+    "numbers": (np.float64, "laplace"),
+}
 
 
 def load_npz(path, limit=None, likelihoods=None, constants=None):
@@ -827,16 +835,13 @@ def own_array(path, name, arrays, shown, asked):
         if both and array.shape[1:] != both[0].shape[1:]:
             wrong = f"{array.shape} does not fit {both[0].shape}"
         if wrong:
-            raise ValueError(f"{where} {wrong}" + (f", as train_{name} has" if both else ""))
-        both.append(array.astype({"class": np.int64, "bits": bool}.get(kind, array.dtype)))
-    if kind == "counts":
-        both = [array.astype(np.float32) for array in both]
-    usual = {"class": "categorical", "counts": "poisson", "numbers": "laplace"}
-    return both, asked or usual.get(kind, "bernoulli")
+            raise ValueError(f"{where} {wrong}" + (f", unlike train_{name}" if both else ""))
+        both.append(array.astype(KINDS[kind][0]))
+    return both, asked or KINDS[kind][1]
 
 
 def kind_of(array, asked):
-    """class, bits, bytes, greys, counts or numbers: what the training examples of an array are."""
+    """Which of KINDS the training examples of an array are."""
     if array.ndim == 1:
         return "class"
     if array.ndim != 4 and asked == "poisson":

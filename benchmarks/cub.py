@@ -92,11 +92,7 @@ def load(name, root):
 
 
 def flags(flag):
-    flag(
-        "--weights",
-        default="IMAGENET1K_V1",
-        help="which trained ResNet-101 makes the features; none: random",
-    )
+    flag("--weights", default="IMAGENET1K_V1", help="of the ResNet-101 for features; none: random")
     flag("--no-normalise", action="store_true", help="do not normalise photos as ImageNet's were")
     flag("--features", help="your own in its place: .npz with x (photos, D), also files")
 
