@@ -908,18 +908,16 @@ def draw_rows(rows, path):
 
 
 @torch.no_grad()
-def picture(model, dataset, path, n=10):
-    """A PNG of test examples, one per label where there are ten or fewer: of each modality, its
-    images, and what is generated from one z of it alone, itself first. -> [a line that says so], or
-    [] where no modality is an image"""
+def picture(model, dataset, path, n=10, most=12):
+    """A PNG of n test examples, one per label where there are n labels or fewer: of each modality, its
+    images, and what is generated from one z of it alone, itself first; `most` rows. -> [a line that
+    says so], or [] where no modality is an image"""
     test, device = dataset.test, next(model.parameters()).device
     shown = [m for m, base in enumerate(test.bases) if drawable(base)]
     index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
-    if (
-        test.labels is not None
-        and len(firsts := np.unique(test.labels.cpu(), return_index=True)[1]) <= n
-    ):
-        index = torch.from_numpy(firsts)
+    if test.labels is not None:
+        firsts = np.unique(test.labels.cpu(), return_index=True)[1]
+        index = torch.from_numpy(firsts) if len(firsts) <= n else index
     xs = [x.to(device) for x in test[index.to(test.rows[0].device)]] if shown else []
     rows = {}
     model.eval()
@@ -929,6 +927,7 @@ def picture(model, dataset, path, n=10):
         rows |= {name: xs[m]} if m in shown else {}
         for k in sorted(shown, key=lambda k: k != m):
             rows[f"{name} -> {dataset.names[k]}"] = means[k]
+    rows = dict(list(rows.items())[:most])
     if rows and draw_rows(list(rows.values()), path):
         return [f"{path} has rows of test examples: {', '.join(rows)}"]
     return []

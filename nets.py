@@ -209,7 +209,8 @@ class LogCounts(nn.Module):
     """log(1 + x), continued to negative numbers, which pseudo-samples may become, as -log(1 - x)."""
 
     def forward(self, x):
-        return x.sign() * x.abs().log1p()
+        below = x < 0  # abs and clamp have no gradient at 0, where most counts are
+        return torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
 
 
 class OneHot(nn.Module):
