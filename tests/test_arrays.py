@@ -148,7 +148,7 @@ def test_what_is_wrong_with_an_array_is_said_in_a_sentence(change, says, tmp_pat
 
 def fit(path, flags, out):
     """R² of y, the mean over its features, regenerated from x alone by a run of svae."""
-    train("svae", *flags, dataset=path, out=out, epochs=60, batch_size=50, lr=3e-3, latent_dim=4)
+    train("svae", *flags, dataset=path, out=out, epochs=40, batch_size=50, lr=3e-3, latent_dim=4)
     args = json.loads((out / "args.json").read_text())
     model = SCRIPTS["svae"].SVAE(nets.modalities(**args["spec"]), 4)
     model.load_state_dict(weights(out))
