@@ -343,22 +343,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, usage=None, epilog=None):
         usage = usage and f"%(prog)s {usage}"
-        super().__init__(
-            description=description,
-            usage=usage,
-            epilog=epilog,
-            formatter_class=Help,
-            allow_abbrev=False,
-        )
+        more = dict(description=description, usage=usage, epilog=epilog)
+        super().__init__(**more, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         value = re.search(r"(?:invalid choice: |not )'([^']+)'", message)
-        known = self._option_string_actions
-        if value and "did you mean" not in message:
+        word, known = "", ()
+        if flag:
+            word, known = flag[1], self._option_string_actions
+        elif value and "did you mean" not in message:  # the message says what there is
             word = value[1]
             known = set(re.findall(r"[\w.-]+", message.replace(f"'{word}'", "")))
-        found = (value or flag) and nearest((value or flag)[1], known, "")
+        found = nearest(word, known, "")
         super().error(f"{message}: {found}" if found else message)
 
 
@@ -377,17 +374,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 @contextlib.contextmanager
 def ending(p, run, args, state):
     """Around the whole of a run: what stops it is said in a sentence, with how to go on."""
-    epoch = lambda: state["epoch"] + 1  # noqa: E731
-    begun = lambda: os.path.exists(run / "args.json")  # noqa: E731
     try:
         yield
     except KeyboardInterrupt:
-        how = "add --resume to go on" if begun() else "nothing is kept"
-        p.exit(130, f"\n{run}: stopped in epoch {epoch()}: {how}\n")
+        kept = os.path.exists(run / "args.json")
+        how = "add --resume to go on" if kept else "nothing is kept"
+        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
     except FloatingPointError as error:
-        p.exit(2, f"\n{run}: epoch {epoch()}: {error}; go on with --resume --lr less\n")
+        where = f"{run}: epoch {state['epoch'] + 1}"
+        p.exit(2, f"\n{where}: {error}; go on with --resume --lr less\n")
     except OSError as error:
-        how = "; go on with --resume" if begun() else ""
+        how = "; go on with --resume" if os.path.exists(run / "args.json") else ""
         p.exit(2, f"\n{run} cannot be written ({error}){how}\n")
     except RuntimeError as error:
         if "allocate" in str(error):  # a CPU without memory raises no class of its own
@@ -420,12 +417,8 @@ def masked(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return "train_mask.npy" in archive.namelist()
-    except (
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-    ):  # a name of a data set; load says what is wrong
-        return False
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False  # it is the name of a data set, or load will say what is wrong with it
 
 
 def refuse_changes(run, saved, record, free):
