@@ -144,7 +144,7 @@ MODEL = MVAE
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--subsets", type=int, default=0, help="of 3 or more modalities: random subsets per step")
-    flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
+    flag("--experts", default="bounded", help="bounded: variances cannot explode; exact: they can")
     flag("--anneal", type=int, default=0, help="epochs in which the KL's weight rises to 1")
 
 
@@ -174,7 +174,9 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch: see below")
+    flag(
+        "--sampling", default="natural", choices=data.SAMPLING, help="make-up of a batch: see below"
+    )
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
@@ -183,7 +185,9 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag("--seed", type=data.at_least(0), default=0, help="of pairs, first weights, order, noise")
+    flag(
+        "--seed", type=data.at_least(0), default=0, help="fixes pairs, first weights, order, noise"
+    )
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")

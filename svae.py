@@ -194,7 +194,7 @@ def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
     flag("--objective", default="svae", help="svae, or vaevae: of pairs the joint bound alone")
     flag("--prior-expert", action="store_true", help="multiply N(0, I) into products of encoders")
-    flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
+    flag("--experts", default="bounded", help="bounded: variances cannot explode; exact: they can")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts
@@ -223,7 +223,9 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch: see below")
+    flag(
+        "--sampling", default="natural", choices=data.SAMPLING, help="make-up of a batch: see below"
+    )
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
@@ -232,7 +234,9 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag("--seed", type=data.at_least(0), default=0, help="of pairs, first weights, order, noise")
+    flag(
+        "--seed", type=data.at_least(0), default=0, help="fixes pairs, first weights, order, noise"
+    )
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
