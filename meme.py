@@ -235,11 +235,7 @@ def options(flag):
     flag("--samples", type=int, default=10, help="samples of z per example (K)")
     flag("--kl", default="closed", help="KL terms: closed, a formula, or sample, at one z, eq. (6)")
     flag("--classifier-scale", type=float, default=10.0, help="weight of predicting the others")
-    flag(
-        "--full-gradient",
-        action="store_true",
-        help="train through the importance weights, too",
-    )
+    flag("--full-gradient", action="store_true", help="train through the weights, eq. (10), too")
     flag("--direction", metavar="NAME", help="train to generate the others from NAME only")
     flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
     flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
@@ -271,9 +267,7 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag(
-        "--sampling", default="natural", choices=data.SAMPLING, help="make-up of a batch: see below"
-    )
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch, see below")
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")

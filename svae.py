@@ -223,9 +223,7 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag(
-        "--sampling", default="natural", choices=data.SAMPLING, help="make-up of a batch: see below"
-    )
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch, see below")
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
