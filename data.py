@@ -9,11 +9,14 @@ preview.
 What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (whatever --seed
 says); which examples are paired depends on `pairing`'s seed alone; the order of the batches on
 their generator. Images are float32 in [0, 1], captions int64 word indices, spectra and bits float32
-in [0, 1].
+in [0, 1]. Of a user's arrays, features are float32 of mean 0 and deviation 1, counts float32,
+classes int64.
 """
 
 import argparse
+import contextlib
 import csv
+import difflib
 import hashlib
 import importlib
 import io
@@ -21,11 +24,14 @@ import json
 import lzma
 import math
 import os
+import re
+import shlex
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import urllib.request
 import zipfile
 import zlib
@@ -45,6 +51,8 @@ DATASETS = {  # name: its file in benchmarks/, which has load(name, root) -> Dat
     "cub": "cub",
     "spectra": "spectra",
 }
+UNPAIRED = ("split", "all", "rest", "none")  # or a modality's name
+SAMPLING = ("natural", "balanced")
 
 
 class Split:
@@ -86,29 +94,67 @@ class Dataset(NamedTuple):
     spec: dict  # the arguments of nets.modalities, plain enough for JSON
     names: tuple  # of the modalities
     mask: torch.Tensor | None = None  # (N, M) booleans: what each training example shows
+    groups: torch.Tensor | None = None  # (N,) integers: training examples that are paired together
     words: list | None = None  # the vocabulary of captions
     note: str = ""  # what a reader of results must know, printed beside them
 
 
-def load(name, root="./data", limit=None):
+def load(name, root="./data", limit=None, likelihoods=None, constants=None):
     """A data set by name, or a user's path.npz. ValueError, in a sentence, for whatever is wrong
     with the files.
 
-    limit: the first N training examples only.
+    limit: the first N training examples only. Of an .npz alone: likelihoods: one per modality,
+    instead of those that its arrays suggest; constants: what its features are standardised with, as
+    spec["standardise"] has it, {} for not at all, None for those of the training examples. A run's
+    data as it saw them: likelihoods=spec["likelihoods"], constants=spec.get("standardise", {}).
     """
     if str(name).endswith(".npz"):
-        dataset = load_npz(Path(name))
+        dataset = load_npz(Path(name), limit, likelihoods, constants)
     elif name in DATASETS:
         dataset = benchmark(name).load(name, Path(root))
     else:
-        raise ValueError(
-            f"there is no data set {name!r}; choose {', '.join(DATASETS)} or a path.npz"
-        )
+        choices = f"choose {', '.join(DATASETS)} or a path.npz"
+        raise ValueError(f"there is no data set {name!r}: {nearest(name, DATASETS, choices)}")
     dataset = dataset._replace(spec=json.loads(json.dumps(dataset.spec)))  # as args.json has it
     if limit is None:
         return dataset
-    mask = None if dataset.mask is None else dataset.mask[:limit]
-    return dataset._replace(train=dataset.train.first(limit), mask=mask)
+    mask, groups = (x if x is None else x[:limit] for x in (dataset.mask, dataset.groups))
+    return dataset._replace(train=dataset.train.first(limit), mask=mask, groups=groups)
+
+
+def nearest(word, known, otherwise):
+    """What an error says after a word that is none of those known: the likest, if one is like."""
+    found = difflib.get_close_matches(str(word), [str(one) for one in known], 1)
+    return f"did you mean {found[0]!r}?" if found else otherwise
+
+
+def standardise(x, constants):
+    """Features with the training examples' mean 0 and deviation 1, each. x: numpy or torch,
+    (..., *shape); constants {"mean": [...], "std": [...]}, of the flattened features, or None: x as
+    it is."""
+    if constants is None:
+        return x
+    mean, std = (shaped(constants[key], x) for key in ("mean", "std"))
+    return (x - mean) / std
+
+
+def unstandardise(x, constants):
+    """The inverse of standardise: features in the units of the data."""
+    if constants is None:
+        return x
+    mean, std = (shaped(constants[key], x) for key in ("mean", "std"))
+    return x * std + mean
+
+
+def shaped(values, x):
+    """One number per feature, of x's kind and of the shape of its last axes, as many as hold them."""
+    axes = next(
+        (k for k in range(x.ndim + 1) if math.prod(x.shape[x.ndim - k :]) == len(values)), 0
+    )
+    shape = x.shape[x.ndim - axes :]
+    if isinstance(x, torch.Tensor):
+        return torch.tensor(values, dtype=x.dtype, device=x.device).view(shape)
+    return np.asarray(values, x.dtype).reshape(shape)
 
 
 def benchmark(name):
@@ -130,7 +176,7 @@ def benchmark(name):
 # ------------------------------------------------------------------------------ pairing and batches
 
 
-def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
+def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None, groups=None):
     """Who shows what in training: a list of streams (shown, index), a pure function of its
     arguments.
 
@@ -138,25 +184,28 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
     whole; the rest as `unpaired` says: split (one modality each, equal shares: [meme] SPLIT), a
     modality's name (only that one), all (one stream per modality over all n, as [poe]'s code), rest
     (the same over the rest, as its text), none. With `mask` (n, M), the streams are its patterns.
-    ValueError for what cannot be done.
+    With `groups` (n,), groups are drawn in place of examples, and none is cut in two: the counts are
+    the nearest that this allows. ValueError for what cannot be done.
     """
     if mask is not None:
         return patterns(mask)
     if not 0 < paired <= 1:
         raise ValueError(f"--paired is the fraction of whole examples, in (0, 1], not {paired:g}")
-    if unpaired not in ("split", "all", "rest", "none", *names):
+    if unpaired not in (*UNPAIRED, *names):
         raise ValueError(
             f"--unpaired is split, all, rest, none or one of {', '.join(names)}, not {unpaired!r}"
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    count = round(paired * n)
+    order, ends = shuffled(n, seed, groups)
+    count = nearest_end(ends, round(paired * n))
     if count == 0:
         raise ValueError(f"--paired {paired:g} of {n} examples leaves none paired: raise it")
     whole, rest = order[:count], order[count:]
     alone = [tuple(a == b for b in names) for a in names]
     streams = [((True,) * len(names), whole)]
     if unpaired == "split":
-        streams += zip(alone, rest.tensor_split(len(names)))
+        equal = torch.tensor([len(part) for part in rest.tensor_split(len(names))]).cumsum(0)
+        cuts = [nearest_end(ends, count + k) - count for k in equal[:-1].tolist()]
+        streams += zip(alone, rest.tensor_split(cuts))
     elif unpaired == "all":
         streams += [(shown, torch.arange(n)) for shown in alone]
     elif unpaired == "rest":
@@ -164,6 +213,22 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
     elif unpaired != "none":
         streams += [(alone[list(names).index(unpaired)], rest)]
     return [(shown, index) for shown, index in streams if len(index)]
+
+
+def shuffled(n, seed, groups=None):
+    """Examples in random order, those of a group together. -> order (n,), and where a group ends
+    in it, None where every example is one"""
+    chance = torch.Generator().manual_seed(seed)
+    if groups is None:
+        return torch.randperm(n, generator=chance), None
+    _, group, sizes = groups.cpu().unique(return_inverse=True, return_counts=True)
+    drawn = torch.randperm(len(sizes), generator=chance)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes[drawn].cumsum(0)])
+    return drawn.argsort()[group].argsort(stable=True), ends
+
+
+def nearest_end(ends, at):
+    return at if ends is None else int(ends[(ends - at).abs().argmin()])
 
 
 def patterns(mask):
@@ -242,7 +307,145 @@ def observed(split, streams, n):
     return found
 
 
-# ------------------------------------------------------------------- numbers and files, safely
+# ------------------------------------------------- flags, numbers and files, safely; what is said
+
+TERMS = """\
+What the examples show that --paired leaves over (--unpaired):
+  split        one modality each, an equal share for each
+  NAME         always the modality NAME, as svhn
+  rest         every modality, but apart: the pairs are broken up
+  all          the same, and the paired examples once more in this way
+  none         nothing, they are left out
+
+What a step has of the paired examples and of those that show one modality alone (--sampling):
+  natural      shares of a batch as large as their shares of the data
+  balanced     a batch of each, small ones repeated
+
+How the values of a modality are distributed given z, p(x|z) (--likelihoods):
+  bernoulli    values in [0, 1]: images, bits, mass spectra have it by default
+  laplace      any numbers, absolute errors: features have it
+  normal       any numbers, squared errors
+  poisson      counts: your own whole numbers from 0 on have it
+  categorical  one of several: words of captions and your own classes have it
+
+Your own data (--dataset path.npz) are arrays train_NAME and test_NAME for each modality, a row per
+example: floats (n, features), whole numbers (n, features) for counts, (n,) for classes, images
+(n, height, width) or (n, channels, height, width), bytes or floats in [0, 1]. train_labels and
+test_labels (n,) are for the evaluation; train_mask (n, modalities) is true where an example shows a
+modality, in place of --paired. Each feature of floats is scaled to mean 0 and deviation 1, unless
+--no-standardise is given.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags that are not shortened; a help that shows the defaults there are; errors that ask what
+    was meant."""
+
+    def __init__(self, description, usage=None, epilog=None):
+        usage = usage and f"%(prog)s {usage}"
+        super().__init__(
+            description=description,
+            usage=usage,
+            epilog=epilog,
+            formatter_class=Help,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        value = re.search(r"(?:invalid choice: |not )'([^']+)'", message)
+        known = self._option_string_actions
+        if value and "did you mean" not in message:
+            word = value[1]
+            known = set(re.findall(r"[\w.-]+", message.replace(f"'{word}'", "")))
+        found = (value or flag) and nearest((value or flag)[1], known, "")
+        super().error(f"{message}: {found}" if found else message)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves out defaults that say nothing, and the epilog's lines as they are."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help.replace(" (default: %(default)s)", "")
+        return super()._get_help_string(action)
+
+
+@contextlib.contextmanager
+def ending(p, run, args, state):
+    """Around the whole of a run: what stops it is said in a sentence, with how to go on."""
+    epoch = lambda: state["epoch"] + 1  # noqa: E731
+    begun = lambda: os.path.exists(run / "args.json")  # noqa: E731
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "add --resume to go on" if begun() else "nothing is kept"
+        p.exit(130, f"\n{run}: stopped in epoch {epoch()}: {how}\n")
+    except FloatingPointError as error:
+        p.exit(2, f"\n{run}: epoch {epoch()}: {error}; go on with --resume --lr less\n")
+    except OSError as error:
+        how = "; go on with --resume" if begun() else ""
+        p.exit(2, f"\n{run} cannot be written ({error}){how}\n")
+    except RuntimeError as error:
+        if "allocate" in str(error):  # a CPU without memory raises no class of its own
+            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, another --out\n")
+        if args.compile:
+            p.exit(2, f"\n{run}: {one_line(error)}; go on with --resume --no-compile\n")
+        raise
+
+
+def sentence(error):
+    """What an error says that a user may have caused; and where, if no line raised it with a
+    sentence of its own: then it may be the code that is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) or frames[-1].line.startswith("raise"):
+        return str(error)
+    ours = [f for f in frames if Path(f.filename).parent == Path(__file__).parent] or frames
+    where = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}, in {ours[-1].name}"
+    return f"{one_line(error)} ({type(error).__name__} from {where})"
+
+
+def absolute(flags):
+    """A run's flags (a dict) with the paths as they hold from any folder."""
+    paths = [key for key in ("data", "out") if flags.get(key)]
+    paths += ["dataset"] if str(flags["dataset"]).endswith(".npz") else []
+    return flags | {key: os.path.abspath(flags[key]) for key in paths}
+
+
+def masked(path):
+    """Whether a user's .npz has a train_mask."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "train_mask.npy" in archive.namelist()
+    except (
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+    ):  # a name of a data set; load says what is wrong
+        return False
+
+
+def refuse_changes(run, saved, record, free):
+    """ValueError where args.json of a run to resume, if any, says otherwise than what is asked
+    for."""
+    for key, new in record.items() if saved else ():
+        old = saved.get(key, new)
+        if key not in free and old != new:
+            raise ValueError(
+                f"{run} has {key} {one_line(old)}, which --resume cannot make {one_line(new)}"
+            )
+
+
+def command(program, run):
+    """The line that calls a program beside this file on a run, from where the user stands."""
+    path = Path(__file__).with_name(program)
+    if not path.exists():
+        return f"run: {run}"
+    near = os.path.relpath(path)
+    return shlex.join(["python", near if len(near) <= len(str(path)) else str(path), str(run)])
 
 
 def at_least(low):
@@ -321,14 +524,18 @@ def read_run(run):
     second. -> args, state. ValueError, in a sentence, when there is nothing to go on from."""
     try:
         args, state = json.loads((run / "args.json").read_text()), {"epoch": 0, "log": []}
-        if not isinstance(args, dict):
+        if not isinstance(args, dict) or not isinstance(args.get("spec"), dict):
             raise ValueError("args.json is not from a run")
         if (run / "checkpoint.pt").exists():
             state = read_checkpoint(run / "checkpoint.pt")
             if set(state) != {"model", "optimizer", "epoch", "log"}:
                 raise ValueError("checkpoint.pt is not from a run")
-        return args, state
-    except Exception as error:  # missing, cut short, never a run, or with code in it
+        return {"standardise": False} | absolute(args), state  # as runs were before that flag
+    except FileNotFoundError:
+        others = [path.parent for path in run.parent.glob("*/args.json")]
+        meant = nearest(run, others, "start without --resume")
+        raise ValueError(f"{run} holds no run to resume (--out names another): {meant}") from None
+    except Exception as error:  # cut short, never a run, or with code in it
         reason = str(error).split("\n")[0].split(". ")[0]
         why = f"{run} holds no run to resume ({type(error).__name__}: {reason})"
         raise ValueError(why) from None
@@ -493,118 +700,253 @@ def progress(what, done, step, total, start, first=0):
         print(line, file=sys.stderr, flush=True)
 
 
-def load_npz(path):
-    """A user's arrays train_0, train_1, ..., test_0, ...; optionally train_labels, test_labels,
-    train_mask (N, M)."""
-    arrays = read_npz(path, ("train_0", "train_1", "test_0", "test_1"))
-    m = next(k for k in range(len(arrays) + 1) if f"train_{k}" not in arrays)
-    names = tuple(str(k) for k in range(m))
-    known = {f"{part}_{key}" for part in ("train", "test") for key in (*names, "labels")} | {
-        "train_mask"
-    }
-    if set(arrays) - known:
-        raise ValueError(
-            f"{path}: unknown array {min(set(arrays) - known)!r}; it takes {', '.join(sorted(known))}"
-        )
-    for key in sorted(arrays):  # test_0 and train_0 before those that are compared with them
-        array = arrays[key]
-        if array.dtype.kind not in "buif" or not array.ndim:
-            raise ValueError(f"{path}: {key} is to be numbers, one row per example")
-        first = f"{key.split('_')[0]}_0"
-        if len(array) != len(arrays[first]):
-            raise ValueError(
-                f"{path}: {key} {array.shape} does not have the {len(arrays[first]):,} examples "
-                f"of {first}"
-            )
-    mask = None
-    if "train_mask" in arrays:
-        mask = torch.from_numpy(arrays["train_mask"].astype(bool))
-        if mask.shape != (len(arrays["train_0"]), m):
-            raise ValueError(
-                f"{path}: train_mask is {tuple(mask.shape)}, not (examples, modalities)"
-            )
-    splits, kinds = [], {}
+MOST_CLASSES = 2**16
+KINDS = {  # of a user's arrays: how they are held, and the likelihood unless another is asked for
+    "class": (np.int64, "categorical"),
+    "bits": (np.bool_, "bernoulli"),
+    "bytes": (np.uint8, "bernoulli"),
+    "greys": (np.float32, "bernoulli"),
+    "counts": (np.float32, "poisson"),
+    "numbers": (np.float64, "laplace"),
+}
+
+
+def load_npz(path, limit=None, likelihoods=None, constants=None):
+    """A user's arrays train_NAME, ..., test_NAME, ..., a modality each, in the archive's order;
+    optionally train_labels, test_labels, train_mask (N, M): which arrays an example shows. limit,
+    likelihoods, constants: as load has them."""
+    arrays = read_npz(path)
+    names = own_names(path, arrays)
     for part in ("train", "test"):
-        bases = []
-        for k, name in enumerate(names):
-            key = f"{part}_{name}"
-            if key not in arrays:
-                raise ValueError(f"{path} has train_{name} but no {key}")
-            shown = mask[:, k].numpy() if part == "train" and mask is not None else slice(None)
-            base, kind = own_array(path, key, arrays[key], shown, kinds.get(name))
-            found = kind, base.dtype, base.shape[1:]
-            if found != kinds.setdefault(name, found) or not len(base):
-                raise ValueError(f"{path}: {key} {tuple(base.shape)} does not fit the other arrays")
-            bases.append(base)
-        labels = arrays.get(f"{part}_labels")
-        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-            raise ValueError(f"{path}: {part}_labels is to hold one integer per example")
-        splits.append(
-            Split(
-                bases, labels=None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        refuse_rows(path, part, names, arrays)
+    shape = len(arrays[f"train_{names[0]}"]), len(names)
+    mask = arrays.get("train_mask", np.ones(shape, bool)).astype(bool)
+    if mask.shape != shape:
+        raise ValueError(f"{path}: train_mask is {mask.shape}, not (examples, modalities), {shape}")
+    asked = [*(likelihoods or []), *[None] * len(names)]
+    bases, kinds, shapes, classes, scaled = ([], []), [], {}, {}, {}
+    for name, shown, likelihood in zip(names, mask.T, asked):
+        if not shown[:limit].any():
+            raise ValueError(f"{path}: no example to train with shows {name}")
+        both, likelihood = own_array(path, name, arrays, shown, likelihood)
+        shapes[name] = list(both[0].shape[1:])
+        kinds.append(likelihood)
+        if not shapes[name]:
+            classes[name] = 1 + int(max(x.max() for x in both))
+        elif likelihood in ("laplace", "normal") and both[0].ndim != 4:
+            own = constants_of(both[0][:limit][shown[:limit]]) if constants is None else None
+            own = own or constants.get(name)
+            both = [standardise(x.astype(np.float64), own) if own else x for x in both]
+            scaled |= {name: own} if own else {}
+        for found, x in zip(bases, both):
+            found.append(torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else x))
+    labels = [arrays.get(f"{part}_labels") for part in ("train", "test")]
+    labels = [None if x is None else torch.from_numpy(x.astype(np.int64)) for x in labels]
+    spec = {"name": "npz", "shapes": shapes, "likelihoods": kinds}
+    spec |= {"classes": classes} if classes else {}
+    spec |= {"standardise": scaled} if scaled else {}
+    masked = "train_mask" in arrays
+    return Dataset(
+        str(path),
+        *(Split(found, labels=x) for found, x in zip(bases, labels)),
+        spec,
+        tuple(names),
+        torch.from_numpy(mask) if masked else None,
+        note=f"train_mask hides {1 - mask.mean():.0%} of the arrays" if masked else "",
+    )
+
+
+def own_names(path, arrays):
+    """The names of the modalities, in the archive's order. ValueError where an array is none that
+    load_npz takes, or lacks its counterpart in the other split."""
+    named = {key: key.partition("_")[2] for key in arrays if re.match("(train|test)_", key)}
+    names = [name for name in dict.fromkeys(named.values()) if name not in ("labels", "mask")]
+    known = [f"{part}_{name}" for name in (*names, "labels") for part in ("train", "test")]
+    known.append("train_mask")
+    for key in arrays:
+        if key not in known:
+            takes = "it takes train_NAME, test_NAME, train_labels, test_labels, train_mask"
+            raise ValueError(f"{path}: unknown array {key!r}: {nearest(key, known, takes)}")
+    for key, name in named.items():
+        other = f"{'test' if key[:5] == 'train' else 'train'}_{name}"
+        if name in names and other not in arrays:
+            others = [k for k in arrays if k[:5] == other[:5]]
+            raise ValueError(
+                f"{path} has {key!r} but no {other!r}: {nearest(other, others, 'add it')}"
             )
-        )
-    shapes = {name: list(kinds[name][2]) for name in names}
-    spec = {"name": "npz", "shapes": shapes, "likelihoods": [kinds[name][0] for name in names]}
-    note = "" if mask is None else f"train_mask hides {1 - mask.double().mean():.0%} of the arrays"
-    return Dataset(str(path), *splits, spec, names, mask, note=note)
-
-
-def own_array(path, key, array, shown, decided):
-    """A user's array as a base, and its likelihood: bits and bytes Bernoulli, floats Laplace. ->
-    tensor, likelihood"""
-    if array.ndim < 2 or 0 in array.shape[1:]:
+    for name in names:
+        if not re.fullmatch(r"\w[\w .-]*", name) or name in UNPAIRED:
+            raise ValueError(
+                f"{path}: a modality cannot be called {name!r}: letters, digits, _ . - and spaces, "
+                f"and none of {', '.join(UNPAIRED)}"
+            )
+    if len(names) < 2:
         raise ValueError(
-            f"{path}: {key} is to be numbers, (examples, features) or (examples, C, H, W)"
+            f"{path} has {len(names) or 'no'} array to train with: it is to have train_NAME and "
+            "test_NAME of two modalities or more"
         )
-    if array.dtype.kind == "f":
+    return names
+
+
+def refuse_rows(path, part, names, arrays):
+    """ValueError unless all arrays of a split are numbers with the same number of rows."""
+    n = len(np.atleast_1d(arrays[f"{part}_{names[0]}"]))
+    for key, array in arrays.items():
+        if not key.startswith(f"{part}_"):
+            continue
+        if array.dtype.kind not in "buif" or not array.ndim or 0 in array.shape:
+            raise ValueError(f"{path}: {key} is to be numbers, one row per example")
+        if len(array) != n:
+            raise ValueError(
+                f"{path}: {key} {array.shape} does not have the {n:,} examples of {part}_{names[0]}"
+            )
+    labels = arrays.get(f"{part}_labels")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise ValueError(f"{path}: {part}_labels is to hold one integer per example")
+
+
+def own_array(path, name, arrays, shown, asked):
+    """A modality's two arrays, as they are held but for standardisation, and its likelihood: the one
+    asked for, or what the training examples that show it suggest.
+
+    Integers (examples,) are a class: categorical. 0 and 1 alone are bits, bytes are greys:
+    Bernoulli. Other integers from 0 on are counts: Poisson. Images, (examples, H, W) or (examples,
+    C, H, W), are bits, bytes or floats in [0, 1]: Bernoulli. All else is numbers: Laplace.
+    -> [train, test], likelihood
+    """
+    both, kind = [], None
+    for part in ("train", "test"):
+        array, where = arrays[f"{part}_{name}"], f"{path}: {part}_{name}"
+        seen = shown if part == "train" else np.ones(len(array), bool)
+        if array.ndim == 1 and array.dtype.kind == "f":
+            raise ValueError(f"{where} is to be (examples, features), or a class: whole numbers")
         with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
-            array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array[shown]).all():
-        raise ValueError(f"{path}: {key} has values that are not finite")
-    array = np.nan_to_num(array, posinf=0, neginf=0)  # what a mask hides may be anything
-    if array.ndim == 3:
-        array = array[:, None]  # grey images
-    if array.ndim == 4 and min(array.shape[2:]) < 8:
-        raise ValueError(
-            f"{path}: {key} has images smaller than 8 x 8: (examples, C, H, W) is the order; or "
-            "flatten them to (examples, features)"
-        )
-    binary = np.isin(array[shown], (0, 1)).all() if decided is None else decided[0] == "bernoulli"
-    large = array.max(initial=0) > 1 if decided is None else decided[1] == torch.uint8
-    if array.dtype == np.uint8 and large:
-        return torch.from_numpy(array), "bernoulli"
-    if binary and np.isin(array[shown], (0, 1)).all():
-        return torch.from_numpy(array.astype(bool)), "bernoulli"
-    if array.ndim == 4 and not (array[shown].min() >= 0 and array[shown].max() <= 1):
-        raise ValueError(f"{path}: {key} has images that are neither bytes nor floats in [0, 1]")
-    return torch.from_numpy(array.astype(np.float32)), "bernoulli" if array.ndim == 4 else "laplace"
+            if not np.isfinite(array[seen].astype(np.float32)).all():
+                raise ValueError(f"{where} has values that are not finite")
+        if not seen.all():  # what a mask hides may be anything
+            array = np.where(seen.reshape(-1, *[1] * (array.ndim - 1)), array, array.dtype.type(0))
+        array = array[:, None] if array.ndim == 3 else array  # grey images
+        if array.ndim == 4 and min(array.shape[2:]) < 8:
+            raise ValueError(
+                f"{where} has images smaller than 8 x 8: (examples, C, H, W) is the order; or "
+                "flatten them to (examples, features)"
+            )
+        kind = kind or kind_of(array[seen], asked)
+        wrong = misfit(array, kind)
+        if both and array.shape[1:] != both[0].shape[1:]:
+            wrong = f"{array.shape} does not fit {both[0].shape}"
+        if wrong:
+            raise ValueError(f"{where} {wrong}" + (f", unlike train_{name}" if both else ""))
+        both.append(array.astype(KINDS[kind][0]))
+    return both, asked or KINDS[kind][1]
+
+
+def kind_of(array, asked):
+    """Which of KINDS the training examples of an array are."""
+    if array.ndim == 1:
+        return "class"
+    if array.ndim != 4 and asked == "poisson":
+        return "counts"
+    if array.dtype != np.uint8 and array.ndim != 4 and asked in ("laplace", "normal"):
+        return "numbers"
+    if np.isin(array, (0, 1)).all():
+        return "bits"
+    if array.dtype == np.uint8:
+        return "bytes"
+    if array.ndim == 4:
+        return "greys"
+    return "counts" if array.dtype.kind in "iu" and array.min() >= 0 else "numbers"
+
+
+def misfit(array, kind):
+    """What is wrong with an array of a kind, or None."""
+    if kind == "class" and (
+        array.dtype.kind == "f" or not 0 <= array.min() <= array.max() < MOST_CLASSES
+    ):
+        return f"is to hold classes, whole numbers from 0 to {MOST_CLASSES - 1:,}"
+    if kind == "bits" and not np.isin(array, (0, 1)).all():
+        return "is not 0 and 1 alone"
+    if kind == "bytes" and array.dtype != np.uint8:
+        return "is not of bytes"
+    if kind == "greys" and not 0 <= array.min() <= array.max() <= 1:
+        return "has images that are neither bytes nor floats in [0, 1]"
+    if kind == "counts" and (array.min() < 0 or (array != np.floor(array)).any()):
+        return "is to hold counts, whole numbers from 0 on"
+    return None
+
+
+def constants_of(x):
+    """Mean and deviation of each feature of x (N, ...), flattened; of a constant one 1, so that it
+    becomes 0. Plain enough for JSON."""
+    x = x.reshape(len(x), -1).astype(np.float64)
+    std = np.where(np.ptp(x, 0) > 0, x.std(0), 1.0)
+    return {"mean": x.mean(0).tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def drawable(x):
+    """Whether x (N, ...) are images, grey or in colour."""
+    return len(x.shape) == 4 and x.shape[1] in (1, 3)
+
+
+def draw_rows(rows, path):
+    """A PNG of rows of images in [0, 1], each (n, 1 or 3, H, W), tiles of 64 pixels or more. ->
+    whether there is what it takes: torchvision, with Pillow"""
+    try:
+        from torchvision.utils import make_grid, save_image
+    except (ImportError, RuntimeError):  # of one that was built for another torch
+        return False
+    rows = [x.float().cpu().clamp(0, 1).expand(-1, 3, -1, -1) for x in rows]
+    height, width = (max(x.shape[d] for x in rows) for d in (2, 3))
+    rows = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=0.5) for x in rows]
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]))
+    times = math.ceil(64 / min(height, width))
+    grid = grid.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    replace(Path(path), lambda file: save_image(grid, file, format="png"))
+    return True
+
+
+@torch.no_grad()
+def picture(model, dataset, path, n=10, most=12):
+    """A PNG of n test examples, one per label where there are n labels or fewer: of each modality, its
+    images, and what is generated from one z of it alone, itself first; `most` rows. -> [a line that
+    says so], or [] where no modality is an image"""
+    test, device = dataset.test, next(model.parameters()).device
+    shown = [m for m, base in enumerate(test.bases) if drawable(base)]
+    index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
+    if test.labels is not None:
+        firsts = np.unique(test.labels.cpu(), return_index=True)[1]
+        index = torch.from_numpy(firsts) if len(firsts) <= n else index
+    xs = [x.to(device) for x in test[index.to(test.rows[0].device)]] if shown else []
+    rows = {}
+    model.eval()
+    for m, name in enumerate(dataset.names if shown else ()):
+        alone = [x if k == m else None for k, x in enumerate(xs)]
+        means = model.decode(model.posterior(*alone).sample())
+        rows |= {name: xs[m]} if m in shown else {}
+        for k in sorted(shown, key=lambda k: k != m):
+            rows[f"{name} -> {dataset.names[k]}"] = means[k]
+    rows = dict(list(rows.items())[:most])
+    if rows and draw_rows(list(rows.values()), path):
+        return [f"{path} has rows of test examples: {', '.join(rows)}"]
+    return []
 
 
 # --------------------------------------------------------------------------- python data.py DATASET
 
 
 def preview(dataset, path, n=10):
-    """A PNG with n training examples, a row per modality that is an image."""
-    from torchvision.utils import make_grid, save_image
-
-    rows = []
-    for x in dataset.train[torch.arange(min(n, len(dataset.train)))]:
-        if x.ndim == 4 and x.shape[1] in (1, 3):
-            x = x.expand(-1, 3, -1, -1)
-            rows.append(x)
-    if rows:
-        height, width = (max(x.shape[d] for x in rows) for d in (2, 3))
-        rows = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=0.5) for x in rows]
-        save_image(make_grid(torch.cat(rows), nrow=len(rows[0])), path)
-    return bool(rows)
+    """A PNG with n training examples, a row per modality that is an image. -> whether there is
+    one"""
+    xs = dataset.train[torch.arange(min(n, len(dataset.train)))]
+    rows = [x for x in xs if drawable(x)]
+    return bool(rows) and draw_rows(rows, path)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description="Prepare a data set, print its sizes and draw a preview.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("Prepare a data set, print its sizes and draw a preview.")
     p.add_argument("dataset", help=f"{', '.join(DATASETS)} or a path.npz")
     p.add_argument("--data", default="./data", help="folder of the data sets")
     alone = not Path(__file__).with_name("benchmarks").is_dir()
@@ -625,7 +967,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         p.exit(130, f"\n{p.prog}: stopped; what is finished is kept, start again to go on\n")
     for name, base in zip(dataset.names, dataset.train.bases):
-        shape = " x ".join(map(str, base.shape[1:]))
+        shape = " x ".join(map(str, base.shape[1:])) or f"one of {int(base.max()) + 1}"
         print(f"{name}: {shape} {str(base.dtype)[6:]}, {len(base):,} to train with")
     print(f"{len(dataset.train):,} examples to train, {len(dataset.test):,} to test")
     if dataset.note:

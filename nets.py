@@ -9,6 +9,7 @@ written as the linear layer that it is.
 Shapes: B examples, K samples, L latent dimensions, V words.
 """
 
+import difflib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LIKELIHOODS = ("bernoulli", "laplace", "normal", "categorical")
+LIKELIHOODS = ("bernoulli", "laplace", "normal", "poisson", "categorical")
 PAD = 1  # the index of <pad> in every vocabulary: padding is not scored
+NO_CLASS = -100  # of a class, every value is
 MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 1/scale^2 explodes
 
 
@@ -27,9 +29,12 @@ class Modality(NamedTuple):
     """What a model needs to know of one modality.
 
     encoder(latent_dim) builds a module x -> (mu, logvar), each (B, L); decoder(latent_dim) one from
-    z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical) or the
-    location (laplace, normal). `weight` multiplies the log-likelihood in a model's objective,
-    `scale` is the one of laplace and normal.
+    z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical), the
+    location (laplace, normal) or the logarithm of the rate (poisson). `weight` multiplies the
+    log-likelihood in a model's objective, `scale` is the one of laplace and normal.
+
+    A class, one of C for each example, has the shape () and the likelihood categorical: x is int64
+    (B,), its parameter (..., B, C). Counts are whole numbers from 0 on, as floats.
     """
 
     name: str
@@ -44,20 +49,23 @@ class Modality(NamedTuple):
 def log_prob(modality, parameter, x):
     """log p(x|z), summed over the features, constants kept, unweighted, in nats.
 
-    parameter (..., B, *shape), for categorical (..., B, 32, V); x (B, *shape) -> (..., B), float32.
-    Bernoulli takes greys in [0, 1] too, which makes it a pseudo-likelihood.
+    parameter (..., B, *shape), for categorical (..., B, *shape, V); x (B, *shape) -> (..., B),
+    float32. Padding in a caption is not scored. Bernoulli takes greys in [0, 1] too, which makes it
+    a pseudo-likelihood.
     """
     parameter, features = parameter.float(), tuple(range(-len(modality.shape), 0))
     if modality.likelihood == "categorical":
-        x = x.expand(parameter.shape[:-1])
+        x, unscored = x.expand(parameter.shape[:-1]), PAD if modality.shape else NO_CLASS
         nats = -F.cross_entropy(
-            parameter.flatten(0, -2), x.flatten(), ignore_index=PAD, reduction="none"
-        )
-        return nats.view(x.shape).sum(features)
+            parameter.flatten(0, -2), x.flatten(), ignore_index=unscored, reduction="none"
+        ).view(x.shape)
+        return nats.sum(features) if features else nats
     if modality.likelihood == "bernoulli":
         x = x.expand_as(parameter)
         cross_entropy = F.binary_cross_entropy_with_logits(parameter, x, reduction="none")
         return -cross_entropy.sum(features)
+    if modality.likelihood == "poisson":
+        return (x * parameter - torch.exp(parameter) - torch.lgamma(x + 1)).sum(features)
     if modality.likelihood not in ("laplace", "normal"):
         raise ValueError(
             f"the likelihood {modality.likelihood!r} is none of {', '.join(LIKELIHOODS)}"
@@ -69,10 +77,12 @@ def log_prob(modality, parameter, x):
 
 
 def mean(modality, parameter):
-    """E[x|z] from the decoder's parameter: probabilities for bernoulli and categorical, else the
-    location."""
+    """E[x|z] from the decoder's parameter: probabilities for bernoulli and categorical, the rate for
+    poisson, else the location."""
     if modality.likelihood == "bernoulli":
         return torch.sigmoid(parameter)
+    if modality.likelihood == "poisson":
+        return torch.exp(parameter)
     return parameter.softmax(-1) if modality.likelihood == "categorical" else parameter
 
 
@@ -195,12 +205,33 @@ class WordLogits(nn.Module):
         return F.linear(h.squeeze(1), self.weight, self.bias)
 
 
+class LogCounts(nn.Module):
+    """log(1 + x), continued to negative numbers, which pseudo-samples may become, as -log(1 - x)."""
+
+    def forward(self, x):
+        below = x < 0  # abs and clamp have no gradient at 0, where most counts are
+        return torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
+
+
+class OneHot(nn.Module):
+    """A class (B,) or, for pseudo-samples, logits (B, C) -> (B, C)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        if x.is_floating_point():
+            return x.softmax(-1)
+        return (x[:, None] == torch.arange(self.classes, device=x.device)).float()
+
+
 # ----------------------------------------------------------------------------- the papers' networks
 
 
-def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False):
-    """sizes: the input's width, then one per layer."""
-    layers = [nn.Flatten()]
+def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False, first=nn.Flatten):
+    """sizes: the input's width, then one per layer. first: makes of x what the layers take."""
+    layers = [first()]
     for a, b in zip(sizes, sizes[1:]):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
     return Encoder(nn.Sequential(*layers), sizes[-1], latent_dim)
@@ -304,13 +335,24 @@ def caption_decoder(embedding, latent_dim):
 BANDS = {"mnist-split": ("top", "bottom"), "mnist-split3": ("top", "middle", "bottom")}
 
 
-def modalities(name, shapes=None, vocabulary=None, width=1.0, likelihoods=None, weights=None):
+def modalities(
+    name,
+    shapes=None,
+    vocabulary=None,
+    width=1.0,
+    likelihoods=None,
+    weights=None,
+    classes=None,
+    standardise=None,
+):
     """The modalities of a data set, ready for a model.
 
     name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
     arrays.
-    shapes: {modality: shape}, for npz. vocabulary: words of cub's captions. width: scales the
-    layers of spectra. likelihoods, weights: one per modality, instead of the defaults.
+    shapes: {modality: shape}, for npz, and for cub with features of one's own. classes: {modality: how many}, for npz, of those that are a
+    class. standardise: {modality: constants}, for npz: these have a deviation of 1 per feature.
+    vocabulary: words of cub's captions. width: scales the layers of spectra. likelihoods, weights:
+    one per modality, instead of the defaults.
     Make a list per model: the caption networks of one list share one embedding. ValueError for what
     does not fit.
     """
@@ -321,20 +363,25 @@ def modalities(name, shapes=None, vocabulary=None, width=1.0, likelihoods=None, 
     elif name in BANDS:
         found = [band(part, (1, 28 // len(BANDS[name]), 28)) for part in BANDS[name]]
     elif name == "cub":
-        found = [bird_features(), captions(vocabulary)]
+        found = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
     elif name == "spectra":
         found = [spectra(width), fingerprints()]
     elif name == "npz":
-        found = [own_array(key, tuple(shape)) for key, shape in shapes.items()]
+        kinds = match(likelihoods or [None] * len(shapes), shapes, "likelihoods")
+        found = [
+            own_array(key, tuple(shape), kind, (classes or {}).get(key), key in (standardise or {}))
+            for (key, shape), kind in zip(shapes.items(), kinds)
+        ]
     else:
         raise ValueError(f"there are no networks for a data set called {name!r}")
-    if likelihoods is not None:
+    names = [m.name for m in found]
+    if likelihoods is not None and name != "npz":
         found = [
             with_likelihood(m, kind)
-            for m, kind in zip(found, match(likelihoods, found, "likelihoods"))
+            for m, kind in zip(found, match(likelihoods, names, "likelihoods"))
         ]
     if weights is not None:
-        weights = match(weights, found, "weights")
+        weights = match(weights, names, "weights")
         try:
             found = [m._replace(weight=float(w)) for m, w in zip(found, weights)]
         except ValueError:
@@ -368,12 +415,12 @@ def band(name, shape):
     return Modality(name, shape, band_encoder, partial(band_decoder, shape), "bernoulli")
 
 
-def bird_features():
-    """[poe] Table A.6. Laplace of scale .01, weighted .002: the released code of both papers'
-    baselines."""
-    encoder = partial(mlp_encoder, (2048, 1024, 512, 256), activation=nn.ELU)
-    decoder = partial(mlp_decoder, (256, 512, 1024, 2048), (2048,), activation=nn.ELU)
-    return Modality("image", (2048,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
+def bird_features(size):
+    """[poe] Table A.6, with 2048 features. Laplace of scale .01, weighted .002: the released code of
+    both papers' baselines."""
+    encoder = partial(mlp_encoder, (size, 1024, 512, 256), activation=nn.ELU)
+    decoder = partial(mlp_decoder, (256, 512, 1024, size), (size,), activation=nn.ELU)
+    return Modality("image", (size,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
 
 
 def captions(words):
@@ -401,33 +448,62 @@ def fingerprints():
     return Modality("fingerprint", (2149,), encoder, decoder, "bernoulli")
 
 
-def own_array(name, shape):
+STANDARD_SCALE = 0.1
+
+
+def own_array(name, shape, kind=None, classes=None, standard=False):
     """A user's images (C, H, W) get SVHN's networks, other arrays two layers of their width, 64 to
-    512."""
-    if len(shape) == 3:
-        return conv(name, shape, (32, 64, 128))
-    size = math.prod(shape)
-    hidden = min(max(size, 64), 512)
-    encoder = partial(mlp_encoder, (size, hidden, hidden))
-    return Modality(
-        name, shape, encoder, partial(mlp_decoder, (hidden, hidden, size), shape), "laplace"
-    )
-
-
-def match(values, found, flag):
-    if len(values) != len(found):
+    512. kind: the likelihood, by default bernoulli for images, categorical for a class, else laplace.
+    classes: how many, for a class; standard: whether the features are standardised."""
+    if kind is not None:
+        known_likelihood(kind)
+    if (kind == "categorical" or not shape) and not (kind in (None, "categorical") and classes):
         raise ValueError(
-            f"--{flag} needs {len(found)} values ({', '.join(m.name for m in found)}), not {len(values)}"
+            f"{name} cannot have the likelihood {kind}: categorical is for a class, integers "
+            "(examples,), and a class has no other"
+        )
+    if len(shape) == 3:
+        images = conv(name, shape, (32, 64, 128))
+        return images if kind is None else with_likelihood(images, kind)
+    size = classes or math.prod(shape)
+    hidden = min(max(size, 64), 512)
+    first = nn.Flatten
+    if classes:
+        kind, first = "categorical", partial(OneHot, classes)
+    elif kind == "poisson":
+        first = LogCounts
+    encoder = partial(mlp_encoder, (size, hidden, hidden), first=first)
+    decoder = partial(mlp_decoder, (hidden, hidden, size), (classes,) if classes else shape)
+    scale = STANDARD_SCALE if standard else 1.0
+    return Modality(name, shape, encoder, decoder, kind or "laplace", scale=scale)
+
+
+def match(values, names, flag):
+    if len(values) != len(names):
+        raise ValueError(
+            f"--{flag} needs {len(names)} values ({', '.join(names)}), not {len(values)}"
         )
     return values
 
 
-def with_likelihood(modality, kind):
+def known_likelihood(kind):
     if kind not in LIKELIHOODS:
-        raise ValueError(f"there is no likelihood {kind!r}; choose among {', '.join(LIKELIHOODS)}")
+        near = difflib.get_close_matches(kind, LIKELIHOODS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"choose among {', '.join(LIKELIHOODS)}"
+        raise ValueError(f"there is no likelihood {kind!r}: {meant}")
+
+
+def with_likelihood(modality, kind):
+    known_likelihood(kind)
+    if kind == "poisson":
+        raise ValueError(
+            f"{modality.name} cannot have the likelihood poisson: it is for counts, whole numbers "
+            "(examples, features) of one's own"
+        )
     if (kind == "categorical") != (modality.likelihood == "categorical"):
         raise ValueError(
-            f"{modality.name} cannot have the likelihood {kind}: categorical is for captions only"
+            f"{modality.name} cannot have the likelihood {kind}: categorical is for words and "
+            "classes only"
         )
     decoder = modality.decoder
     if (
