@@ -1,4 +1,5 @@
 """Metrics, tables and figures of trained models. `python eval.py runs/a runs/b --figures figures`
+evaluates; `python eval.py runs/a --fill new.npz --out filled.npz` fills in what new examples lack.
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
     linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of samples
@@ -7,7 +8,8 @@
 These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
 their test split. There z is one sample of the posterior per example (--seed fixes it) and the
 decoded mean is judged by an oracle, classifiers of the real images, whose own test accuracy stands
-under every table. Metrics and figures that one data set alone has are in its file in benchmarks/.
+under every table. Metrics and figures that one data set alone has are in its file in benchmarks/,
+those of a user's own arrays, and the filling in, in benchmarks/npz.py.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes.
 [meme] is Joy et al., ICLR 2022; [poe] is "In Defense of Product-of-Experts".
@@ -28,7 +30,7 @@ from torch import nn
 
 import data
 import nets
-from benchmarks import drawing
+from benchmarks import drawing, npz
 from benchmarks.oracles import each, load_oracle
 
 # -------------------------------------------------------------------- numpy: arrays in, numbers out
@@ -353,18 +355,22 @@ def evaluate(
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; prior:
     whether p(z) is trained, else what needs it is left out. "disputed" holds the shares of images
-    on which the members of an oracle disagree, by the names of the metrics.
+    on which the members of an oracle disagree, by the names of the metrics. What is under way is
+    said on stderr.
     """
     torch.manual_seed(seed)
     model.eval()
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "evaluate"):
+        say("what its benchmark measures")
         return benchmark.evaluate(model, dataset, root, seed)
     if hasattr(benchmark, "correlated"):
+        say("correlations of what is generated")
         pairs, judged = benchmark.correlated(model, dataset, root)
         return correlations(pairs, {k: v for k, v in judged.items() if prior or k != "joint"})
     metrics = {}
     if oracles:
+        say("what the oracles read in generated images")
         judge = split_accuracy if in_parts(dataset) else coherence
         metrics, disputed = judge(model, dataset, oracles)
         if judge is coherence and prior:
@@ -372,12 +378,28 @@ def evaluate(
             metrics, disputed = metrics | joint, disputed | doubt
         metrics["disputed"] = disputed
         if judge is coherence:
+            say("mutual information, how real images look")
             metrics |= mutual_information(model, dataset, oracles)
+    elif is_own(dataset):
+        say("every modality regenerated from itself, each other one and all")
+        metrics |= npz.evaluate(model, dataset, seed)
     if dataset.train.labels is not None and dataset.test.labels is not None:
+        say("a linear classifier of z")
         metrics |= latent_accuracy(model, dataset)
     if examples:
+        say(f"log-likelihoods of {examples:,} examples, {samples:,} samples of z each")
         metrics |= log_likelihood(model, dataset, examples, samples, prior)
     return metrics
+
+
+def say(what):
+    print(f"evaluating: {what} ...", file=sys.stderr)
+
+
+def is_own(dataset):
+    """Whether a data set has neither oracles nor metrics of its own: a user's arrays, say."""
+    benchmark = data.benchmark(dataset.name)
+    return not any(hasattr(benchmark, hook) for hook in ("views", "evaluate", "correlated"))
 
 
 # ---------------------------------------------------------------------------- what figures show
@@ -385,15 +407,15 @@ def evaluate(
 
 @torch.no_grad()
 def generations(model, dataset):
-    """A column per digit, and per modality shown the rows input, generated from itself, generated
-    in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
+    """A column per label, of ten at most, and per modality shown the rows input, generated from
+    itself, generated in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
 
     Split images: two rows per subset of the parts, what is shown and the image regenerated from
     it: [poe] Figs. 3, 4.
     """
     split, names, rows = dataset.test, dataset.names, []
     labels = split.labels.tolist()
-    index = torch.tensor([labels.index(digit) for digit in sorted(set(labels))])
+    index = torch.tensor([labels.index(label) for label in sorted(set(labels))[:10]])
     xs = split[index]
     for name, shown in subsets(names).items():
         means = model.decode(model.posterior(*data.show(split, shown, index)).sample())
@@ -477,6 +499,7 @@ def gradient_ratios(model, xs, draws=30):
 
 
 SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
+HOW = "train one, as with `python meme.py`, and name the folder that it prints"
 REQUIRED = dict(script=str, model=str, dataset=str, data=str, spec=dict, latent_dim=int)
 REQUIRED |= dict(options=dict, paired=(int, float), unpaired=str, epochs=int, seed=int)
 
@@ -493,7 +516,8 @@ def load_run(folder, device="cpu"):
     """The trained model of a run folder. ValueError, in a sentence, when it is not whole."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no run folder {folder}")
+        beside = [path for path in folder.parent.glob("*") if path.is_dir()]
+        raise ValueError(f"there is no run folder {folder}: {data.nearest(folder, beside, HOW)}")
     for name in ("args.json", "checkpoint.pt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no run folder, or was never trained: it has no {name}")
@@ -523,26 +547,64 @@ def load_run(folder, device="cpu"):
         raise ValueError(f"{folder} cannot be loaded: {reason}") from None
 
 
-SECTIONS = {  # the keys of metrics.json: how a column of the table is called
-    "cross_coherence": "{}",
-    "self_coherence": "self {}",
-    "joint_coherence": "joint",
-    "joint_entropy": "joint entropy",
-    "accuracy": "{}",
-    "latent_accuracy": "latent {}",
-    "mutual_information": "MI {}",
-    "correlation": "corr. {}",
-    "rank": "{}",
-    "bits": "bit {}",
-    "log_likelihood": "log p({})",
+SECTIONS = {  # the keys of metrics.json: a column of the table, if it has one, and its meaning
+    "cross_coherence": (
+        "{}",
+        "Cross coherence: the share of test images whose digit the oracle reads in the image that is "
+        "generated from them in the other modality; by chance 0.1",
+    ),
+    "self_coherence": ("self {}", "Self coherence: the same, in the image regenerated from itself"),
+    "joint_coherence": (
+        "joint",
+        "Joint coherence: the share of samples of p(z) that give images of the same digit",
+    ),
+    "joint_entropy": (
+        "joint entropy",
+        "Entropy of those digits, nats: 2.303 if all come up alike, 0 if it is always the same one",
+    ),
+    "accuracy": (
+        "{}",
+        "Accuracy: the share of test images whose digit the oracle reads in the whole image that is "
+        "regenerated from these parts",
+    ),
+    "regenerated_r2": (
+        "R² {}",
+        "R² of regenerated numbers, mean over features: 1 is exact, 0 as good as their test mean",
+    ),
+    "regenerated_accuracy": (
+        "right {}",
+        "Accuracy of regenerated bits or classes: the share that is right",
+    ),
+    "regenerated_log_p": (
+        None,
+        "log p(x|z), nats, of a modality x from z of another: how likely the decoder finds it",
+    ),
+    "latent_accuracy": (
+        "latent {}",
+        "Latent accuracy: the share of labels that a linear classifier reads in z ~ q(z|modality)",
+    ),
+    "mutual_information": (
+        "MI {}",
+        "Mutual information of digit and oracle, nats: lower where an image looks more real",
+    ),
+    "correlation": (
+        "corr. {}",
+        "Correlation of photo and caption, one of them generated; truth: of the test pairs",
+    ),
+    "rank": ("{}", "Rank of the true candidate: the share among the first so many, the median"),
+    "bits": ("bit {}", "Bits of fingerprints, predicted from spectra"),
+    "log_likelihood": (
+        "log p({})",
+        "Log-likelihood of test examples, nats, importance-weighted: higher is better; x|y: given y",
+    ),
 }
 
 
 def columns(metrics):
     """metrics.json as the columns of a table, in order. -> {title: number}"""
     found = {}
-    for section, title in SECTIONS.items():
-        value = metrics.get(section, {})
+    for section, (title, _) in SECTIONS.items():
+        value = metrics.get(section, {}) if title else {}
         for key, score in (value if isinstance(value, dict) else {"": value}).items():
             key = key.replace("->", "→").replace("|", "\\|")  # a bar would end the column
             found[title.format(key)] = math.nan if score is None else score
@@ -634,7 +696,8 @@ def table(results, paper=False):
             epochs = epochs if epoch == run["epochs"] else f"{epoch} of {epochs}"
             minutes = f"{np.mean([r['minutes'] for r in group]):.1f}"
             seeds = len({r["run"]["seed"] for r in group})
-            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, seeds, minutes]
+            f, _, unpaired = drawing.pairs(run).removeprefix("f = ").partition(", ")
+            row = [model, f, unpaired, epochs, seeds, minutes]
             disputed = [columns(r.get("disputed", {})) for r in group]
             for t in titles:
                 cell = number([c.get(t, math.nan) for c in cells])
@@ -646,6 +709,28 @@ def table(results, paper=False):
                 lines.append("| " + " | ".join(row) + " |")
         lines += ["", *notes(chosen), ""]
     return "\n".join(lines)
+
+
+def listing(result, paper=False):
+    """The metrics of one run, a line each, below what they are. -> text"""
+    run, own = result["run"], columns(result)
+    disputed, lines = result.get("disputed", {}), []
+    papers = dict(zip(own, paper_row(run, list(own))[6:])) if paper else {}
+    epochs = f"{result['epoch']} of {run['epochs']} epochs, {result['minutes']:.1f} minutes"
+    about = [drawing.pairs(run), f"seed {run['seed']}", epochs]
+    lines.append(f"{result['folder']}: {run['model']} on {result['data']}, {', '.join(about)}")
+    for section, (title, meaning) in SECTIONS.items():
+        value, doubt = ({"": v} if isinstance(v, float | int) else v or {} for v in (
+            result.get(section), disputed.get(section)))
+        names = {key: " → ".join(map(drawing.label, key.split("->"))) for key in value}
+        lines += ["", meaning] if value else []
+        for key, score in value.items():
+            cell = number([math.nan if score is None else score])
+            line = f"    {names[key]:<{max(map(len, names.values()))}} {cell:>9}"
+            line += f"   in dispute: {doubt[key]:.1%}" if key in doubt else ""
+            there = papers.get((title or "").format(key.replace("->", "→").replace("|", "\\|")))
+            lines.append(line + (f"   the paper: {there}" if there else ""))
+    return "\n".join([*lines, "", *notes([result])])
 
 
 def notes(results):
