@@ -13,6 +13,7 @@ in [0, 1].
 """
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -23,11 +24,13 @@ import lzma
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import urllib.request
 import zipfile
 import zlib
@@ -88,6 +91,7 @@ class Dataset(NamedTuple):
     spec: dict  # the arguments of nets.modalities, plain enough for JSON
     names: tuple  # of the modalities
     mask: torch.Tensor | None = None  # (N, M) booleans: what each training example shows
+    groups: torch.Tensor | None = None  # (N,) integers: training examples that are paired together
     words: list | None = None  # the vocabulary of captions
     note: str = ""  # what a reader of results must know, printed beside them
 
@@ -111,8 +115,8 @@ def load(name, root="./data", limit=None, likelihoods=None, constants=None):
     dataset = dataset._replace(spec=json.loads(json.dumps(dataset.spec)))  # as args.json has it
     if limit is None:
         return dataset
-    mask = None if dataset.mask is None else dataset.mask[:limit]
-    return dataset._replace(train=dataset.train.first(limit), mask=mask)
+    mask, groups = (x if x is None else x[:limit] for x in (dataset.mask, dataset.groups))
+    return dataset._replace(train=dataset.train.first(limit), mask=mask, groups=groups)
 
 
 def nearest(word, known, otherwise):
@@ -169,7 +173,7 @@ def benchmark(name):
 # ------------------------------------------------------------------------------ pairing and batches
 
 
-def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
+def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None, groups=None):
     """Who shows what in training: a list of streams (shown, index), a pure function of its
     arguments.
 
@@ -177,7 +181,8 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
     whole; the rest as `unpaired` says: split (one modality each, equal shares: [meme] SPLIT), a
     modality's name (only that one), all (one stream per modality over all n, as [poe]'s code), rest
     (the same over the rest, as its text), none. With `mask` (n, M), the streams are its patterns.
-    ValueError for what cannot be done.
+    With `groups` (n,), groups are drawn in place of examples, and none is cut in two: the counts are
+    the nearest that this allows. ValueError for what cannot be done.
     """
     if mask is not None:
         return patterns(mask)
@@ -187,15 +192,17 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
         raise ValueError(
             f"--unpaired is split, all, rest, none or one of {', '.join(names)}, not {unpaired!r}"
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    count = round(paired * n)
+    order, ends = shuffled(n, seed, groups)
+    count = nearest_end(ends, round(paired * n))
     if count == 0:
         raise ValueError(f"--paired {paired:g} of {n} examples leaves none paired: raise it")
     whole, rest = order[:count], order[count:]
     alone = [tuple(a == b for b in names) for a in names]
     streams = [((True,) * len(names), whole)]
     if unpaired == "split":
-        streams += zip(alone, rest.tensor_split(len(names)))
+        equal = torch.tensor([len(part) for part in rest.tensor_split(len(names))]).cumsum(0)
+        cuts = [nearest_end(ends, count + k) - count for k in equal[:-1].tolist()]
+        streams += zip(alone, rest.tensor_split(cuts))
     elif unpaired == "all":
         streams += [(shown, torch.arange(n)) for shown in alone]
     elif unpaired == "rest":
@@ -203,6 +210,22 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None):
     elif unpaired != "none":
         streams += [(alone[list(names).index(unpaired)], rest)]
     return [(shown, index) for shown, index in streams if len(index)]
+
+
+def shuffled(n, seed, groups=None):
+    """Examples in random order, those of a group together. -> order (n,), and where a group ends
+    in it, None where every example is one"""
+    chance = torch.Generator().manual_seed(seed)
+    if groups is None:
+        return torch.randperm(n, generator=chance), None
+    _, group, sizes = groups.cpu().unique(return_inverse=True, return_counts=True)
+    drawn = torch.randperm(len(sizes), generator=chance)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes[drawn].cumsum(0)])
+    return drawn.argsort()[group].argsort(stable=True), ends
+
+
+def nearest_end(ends, at):
+    return at if ends is None else int(ends[(ends - at).abs().argmin()])
 
 
 def patterns(mask):
@@ -281,7 +304,145 @@ def observed(split, streams, n):
     return found
 
 
-# ------------------------------------------------------------------- numbers and files, safely
+# ------------------------------------------------- flags, numbers and files, safely; what is said
+
+TERMS = """\
+What the examples show that --paired leaves over (--unpaired):
+  split        one modality each, an equal share for each
+  NAME         always the modality NAME, as svhn
+  rest         every modality, but apart: the pairs are broken up
+  all          the same, and the paired examples once more in this way
+  none         nothing, they are left out
+
+What a step has of the paired examples and of those that show one modality alone (--sampling):
+  natural      shares of a batch as large as their shares of the data
+  balanced     a batch of each, small ones repeated
+
+How the values of a modality are distributed given z, p(x|z) (--likelihoods):
+  bernoulli    values in [0, 1]: images, bits, mass spectra have it by default
+  laplace      any numbers, absolute errors: features have it
+  normal       any numbers, squared errors
+  poisson      counts: your own whole numbers from 0 on have it
+  categorical  one of several: words of captions and your own classes have it
+
+Your own data (--dataset path.npz) are arrays train_NAME and test_NAME for each modality, a row per
+example: floats (n, features), whole numbers (n, features) for counts, (n,) for classes, images
+(n, height, width) or (n, channels, height, width), bytes or floats in [0, 1]. train_labels and
+test_labels (n,) are for the evaluation; train_mask (n, modalities) is true where an example shows a
+modality, in place of --paired. Each feature of floats is scaled to mean 0 and deviation 1, unless
+--no-standardise is given.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags that are not shortened; a help that shows the defaults there are; errors that ask what
+    was meant."""
+
+    def __init__(self, description, usage=None, epilog=None):
+        usage = usage and f"%(prog)s {usage}"
+        super().__init__(
+            description=description,
+            usage=usage,
+            epilog=epilog,
+            formatter_class=Help,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        value = re.search(r"(?:invalid choice: |not )'([^']+)'", message)
+        known = self._option_string_actions
+        if value and "did you mean" not in message:
+            word = value[1]
+            known = set(re.findall(r"[\w.-]+", message.replace(f"'{word}'", "")))
+        found = (value or flag) and nearest((value or flag)[1], known, "")
+        super().error(f"{message}: {found}" if found else message)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves out defaults that say nothing, and the epilog's lines as they are."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help.replace(" (default: %(default)s)", "")
+        return super()._get_help_string(action)
+
+
+@contextlib.contextmanager
+def ending(p, run, args, state):
+    """Around the whole of a run: what stops it is said in a sentence, with how to go on."""
+    epoch = lambda: state["epoch"] + 1  # noqa: E731
+    begun = lambda: os.path.exists(run / "args.json")  # noqa: E731
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "add --resume to go on" if begun() else "nothing is kept"
+        p.exit(130, f"\n{run}: stopped in epoch {epoch()}: {how}\n")
+    except FloatingPointError as error:
+        p.exit(2, f"\n{run}: epoch {epoch()}: {error}; go on with --resume --lr less\n")
+    except OSError as error:
+        how = "; go on with --resume" if begun() else ""
+        p.exit(2, f"\n{run} cannot be written ({error}){how}\n")
+    except RuntimeError as error:
+        if "allocate" in str(error):  # a CPU without memory raises no class of its own
+            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, another --out\n")
+        if args.compile:
+            p.exit(2, f"\n{run}: {one_line(error)}; go on with --resume --no-compile\n")
+        raise
+
+
+def sentence(error):
+    """What an error says that a user may have caused; and where, if no line raised it with a
+    sentence of its own: then it may be the code that is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) or frames[-1].line.startswith("raise"):
+        return str(error)
+    ours = [f for f in frames if Path(f.filename).parent == Path(__file__).parent] or frames
+    where = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}, in {ours[-1].name}"
+    return f"{one_line(error)} ({type(error).__name__} from {where})"
+
+
+def absolute(flags):
+    """A run's flags (a dict) with the paths as they hold from any folder."""
+    paths = [key for key in ("data", "out") if flags.get(key)]
+    paths += ["dataset"] if str(flags["dataset"]).endswith(".npz") else []
+    return flags | {key: os.path.abspath(flags[key]) for key in paths}
+
+
+def masked(path):
+    """Whether a user's .npz has a train_mask."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "train_mask.npy" in archive.namelist()
+    except (
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+    ):  # a name of a data set; load says what is wrong
+        return False
+
+
+def refuse_changes(run, saved, record, free):
+    """ValueError where args.json of a run to resume, if any, says otherwise than what is asked
+    for."""
+    for key, new in record.items() if saved else ():
+        old = saved.get(key, new)
+        if key not in free and old != new:
+            raise ValueError(
+                f"{run} has {key} {one_line(old)}, which --resume cannot make {one_line(new)}"
+            )
+
+
+def command(program, run):
+    """The line that calls a program beside this file on a run, from where the user stands."""
+    path = Path(__file__).with_name(program)
+    if not path.exists():
+        return f"run: {run}"
+    near = os.path.relpath(path)
+    return shlex.join(["python", near if len(near) <= len(str(path)) else str(path), str(run)])
 
 
 def at_least(low):
@@ -360,14 +521,19 @@ def read_run(run):
     second. -> args, state. ValueError, in a sentence, when there is nothing to go on from."""
     try:
         args, state = json.loads((run / "args.json").read_text()), {"epoch": 0, "log": []}
-        if not isinstance(args, dict):
+        if not isinstance(args, dict) or not isinstance(args.get("spec"), dict):
             raise ValueError("args.json is not from a run")
         if (run / "checkpoint.pt").exists():
             state = read_checkpoint(run / "checkpoint.pt")
             if set(state) != {"model", "optimizer", "epoch", "log"}:
                 raise ValueError("checkpoint.pt is not from a run")
-        return args, state
-    except Exception as error:  # missing, cut short, never a run, or with code in it
+        return {"standardise": False} | absolute(args), state  # as runs were before that flag
+    except FileNotFoundError:
+        others = [path.parent for path in run.parent.glob("*/args.json")]
+        raise ValueError(
+            f"{run} holds no run to resume: {nearest(run, others, 'name it with --out')}"
+        ) from None
+    except Exception as error:  # cut short, never a run, or with code in it
         reason = str(error).split("\n")[0].split(". ")[0]
         why = f"{run} holds no run to resume ({type(error).__name__}: {reason})"
         raise ValueError(why) from None
@@ -711,30 +877,71 @@ def constants_of(x):
     return {"mean": x.mean(0).tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
 
 
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def drawable(x):
+    """Whether x (N, ...) are images, grey or in colour."""
+    return len(x.shape) == 4 and x.shape[1] in (1, 3)
+
+
+def draw_rows(rows, path):
+    """A PNG of rows of images in [0, 1], each (n, 1 or 3, H, W), tiles of 64 pixels or more. ->
+    whether there is what it takes: torchvision, with Pillow"""
+    try:
+        from torchvision.utils import make_grid, save_image
+    except (ImportError, RuntimeError):  # of one that was built for another torch
+        return False
+    rows = [x.float().cpu().clamp(0, 1).expand(-1, 3, -1, -1) for x in rows]
+    height, width = (max(x.shape[d] for x in rows) for d in (2, 3))
+    rows = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=0.5) for x in rows]
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]))
+    times = math.ceil(64 / min(height, width))
+    grid = grid.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    replace(Path(path), lambda file: save_image(grid, file, format="png"))
+    return True
+
+
+@torch.no_grad()
+def picture(model, dataset, path, n=10):
+    """A PNG of test examples, one per label where there are ten or fewer: of each modality, its
+    images, and what is generated from one z of it alone, itself first. -> [a line that says so], or
+    [] where no modality is an image"""
+    test, device = dataset.test, next(model.parameters()).device
+    shown = [m for m, base in enumerate(test.bases) if drawable(base)]
+    index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
+    if (
+        test.labels is not None
+        and len(firsts := np.unique(test.labels.cpu(), return_index=True)[1]) <= n
+    ):
+        index = torch.from_numpy(firsts)
+    xs = [x.to(device) for x in test[index.to(test.rows[0].device)]] if shown else []
+    rows = {}
+    model.eval()
+    for m, name in enumerate(dataset.names if shown else ()):
+        alone = [x if k == m else None for k, x in enumerate(xs)]
+        means = model.decode(model.posterior(*alone).sample())
+        rows |= {name: xs[m]} if m in shown else {}
+        for k in sorted(shown, key=lambda k: k != m):
+            rows[f"{name} -> {dataset.names[k]}"] = means[k]
+    if rows and draw_rows(list(rows.values()), path):
+        return [f"{path} has rows of test examples: {', '.join(rows)}"]
+    return []
+
+
 # --------------------------------------------------------------------------- python data.py DATASET
 
 
 def preview(dataset, path, n=10):
-    """A PNG with n training examples, a row per modality that is an image."""
-    from torchvision.utils import make_grid, save_image
-
-    rows = []
-    for x in dataset.train[torch.arange(min(n, len(dataset.train)))]:
-        if x.ndim == 4 and x.shape[1] in (1, 3):
-            x = x.expand(-1, 3, -1, -1)
-            rows.append(x)
-    if rows:
-        height, width = (max(x.shape[d] for x in rows) for d in (2, 3))
-        rows = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=0.5) for x in rows]
-        save_image(make_grid(torch.cat(rows), nrow=len(rows[0])), path)
-    return bool(rows)
+    """A PNG with n training examples, a row per modality that is an image. -> whether there is
+    one"""
+    xs = dataset.train[torch.arange(min(n, len(dataset.train)))]
+    rows = [x for x in xs if drawable(x)]
+    return bool(rows) and draw_rows(rows, path)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description="Prepare a data set, print its sizes and draw a preview.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("Prepare a data set, print its sizes and draw a preview.")
     p.add_argument("dataset", help=f"{', '.join(DATASETS)} or a path.npz")
     p.add_argument("--data", default="./data", help="folder of the data sets")
     alone = not Path(__file__).with_name("benchmarks").is_dir()

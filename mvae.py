@@ -160,6 +160,7 @@ from pathlib import Path
 import data
 
 FREE = set("epochs lr device amp compile data out resume options".split())  # free on --resume
+NAMED = "limit epochs batch_size lr latent_dim likelihoods weights width sampling standardise"
 
 
 def parser(argv):
@@ -167,32 +168,33 @@ def parser(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="glyphs")
     chosen = first.parse_known_args(argv)[0].dataset
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag, count = p.add_argument, data.at_least(1)
+    p = data.Parser(__doc__.splitlines()[0], "[--dataset NAME] [--paired F] [options]", data.TERMS)
+    flag, switch, count = p.add_argument, argparse.BooleanOptionalAction, data.at_least(1)
     flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
     flag("--data", default="./data", help="folder of the data sets")
-    flag("--paired", type=float, default=1.0, help="fraction of the examples shown whole")
-    flag("--unpaired", default="split", help="the others: split, NAME, all, rest or none")
-    flag("--sampling", default="natural", choices=["natural", "balanced"], help="of the streams")
-    flag("--epochs", type=count, help="passes over the data")
+    flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
+    flag("--unpaired", default="split", help="what the others show: see below")
+    flag("--sampling", default="natural", choices=["natural", "balanced"], help="in a step")
+    flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
-    flag("--latent-dim", type=count, help="dimensions of z")
-    flag("--likelihoods", help="one per modality, as in laplace,laplace")
-    flag("--weights", help="of the log-likelihoods, one per modality, as in 3.9,1")
-    flag("--width", type=data.positive, default=1.0, help="scales the layers of spectra")
-    flag("--seed", type=data.at_least(0), default=0, help="of pairing, weights, order and noise")
-    flag("--limit", type=count, help="only the first N training examples")
+    flag("--latent-dim", type=count, help="dimensions of the latent variable z")
+    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
+    flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
+    flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
+    flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
+    flag(
+        "--seed",
+        type=data.at_least(0),
+        default=0,
+        help="of who is paired, first weights, order, noise",
+    )
+    flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
-    flag("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 networks")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    flag("--out", help="the run folder, instead of runs/<model>-<dataset>-...")
+    flag("--amp", action=switch, default=False, help="networks in bfloat16, faster on a GPU")
+    flag("--compile", action=switch, default=False, help="torch.compile: a slow start, then faster")
+    flag("--out", help="folder of the run, instead of runs/<model>-<dataset>-...")
     flag("--resume", action="store_true", help="continue the run in its folder")
     common = set(vars(p.parse_args([])))
     options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
@@ -201,36 +203,42 @@ def parser(argv):
 
 
 def run_folder(p, args, common):
-    """Named after the model's own options, the data set, the pairing and the seed."""
-    changed = {k: v for k, v in vars(args).items() if k not in common and v != p.get_default(k)}
-    name = [Path(__file__).stem, *(f"{k}={v}".replace("_", "-") for k, v in changed.items())]
-    name += [Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired, f"seed{args.seed}"]
+    """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
+    and not as usual."""
+    flags = {k: f"{k}={v}".replace("_", "-") for k, v in vars(args).items()}
+    flags = {k: text for k, text in flags.items() if getattr(args, k) != p.get_default(k)}
+    name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
+    pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
+    name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]
+    name += [flags[k] for k in NAMED.split() if k in flags]
     return Path(args.out or Path("runs", "-".join(name)))
 
 
-def build(p, args, common, world):
+def build(p, args, common, world, saved):
     """-> dataset, streams, model, args.json. ValueError for what a user got wrong."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
-    dataset = data.load(args.dataset, args.data, args.limit)
+    given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}
+    constants = saved["spec"].get("standardise") if saved else None  # the same on any machine
+    constants = constants if args.standardise else {}
+    dataset = data.load(args.dataset, args.data, args.limit, given.get("likelihoods"), constants)
     asked = args.paired, args.unpaired
     if dataset.mask is not None and asked != (p.get_default("paired"), p.get_default("unpaired")):
         raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
-    streams = data.pairing(len(dataset.train), dataset.names, *asked, args.seed, dataset.mask)
-    spec = dataset.spec | {"width": args.width}
-    for key in ("likelihoods", "weights"):
-        spec |= {key: getattr(args, key).split(",")} if getattr(args, key) else {}
+    fixed = args.seed, dataset.mask, dataset.groups
+    streams = data.pairing(len(dataset.train), dataset.names, *asked, *fixed)
+    spec = dataset.spec | {"width": args.width} | given
     own = {key: value for key, value in vars(args).items() if key not in common}
     torch.manual_seed(args.seed)
     model = MODEL(nets.modalities(**spec), args.latent_dim, **own)
     data.refuse_values(dataset, model.modalities)
     if hasattr(model, "refuse_untrained"):
         model.refuse_untrained([shown for shown, _ in streams])
-    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__, **vars(args)}
-    record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
-    return dataset, streams, model, record
+    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__}
+    record |= data.absolute(vars(args)) | {"options": own, "spec": spec, "note": dataset.note}
+    return dataset, streams, model, record | {"examples": len(dataset.train)}
 
 
 def start(args, model, split, streams, state, world):
@@ -342,48 +350,36 @@ def main(argv=None):
     run, saved, state = run_folder(p, args, common), {}, {"epoch": 0, "log": []}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        try:  # what a user got wrong is said in one sentence, before anything is written
+    with data.ending(p, run, args, state):  # whatever stops it is said in a sentence
+        try:  # what a user got wrong, before anything is written
             if args.resume:
-                saved, state = data.read_run(run)
+                saved, before = data.read_run(run)
+                state.update(before)
                 kept = vars(args).keys() & saved.keys() - {"device", "out"}
                 p.set_defaults(**{key: saved[key] for key in kept})
-                args = p.parse_args(argv)
+                vars(args).update(vars(p.parse_args(argv)))
             elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
                 raise ValueError(f"{run} holds a run: add --resume, or name another with --out")
-            dataset, streams, model, record = build(p, args, common, world)
-            for key, new in record.items() if saved else ():
-                if key not in FREE and (old := saved.get(key, new)) != new:
-                    raise ValueError(f"{run} has {key} {old}, which --resume cannot make {new}")
+            dataset, streams, model, record = build(p, args, common, world, saved)
+            data.refuse_changes(run, saved, record, FREE)
             if state["epoch"] > args.epochs:
                 raise ValueError(f"{run} has {state['epoch']} epochs, more than --epochs")
             net, optimizer = start(args, model, dataset.train, streams, state, world)
         except (ValueError, OSError) as error:
-            p.error(str(error))
+            p.error(data.sentence(error))
         if rank == 0:
             data.start_run(run, record)
             save(run, model, optimizer, state)
             size = f"{sum(w.numel() for w in model.parameters()):,} weights"
             print(run, size, f"{len(dataset.train):,} examples", dataset.note, sep="  ", flush=True)
+            if state["epoch"] == args.epochs:
+                print(f"nothing is left to do: it has its {args.epochs} epochs")
         train(args, run, model, net, optimizer, dataset, streams, state, rank, world)
         if world > 1:
             torch.distributed.destroy_process_group()
-    except KeyboardInterrupt:
-        how = "add --resume to go on" if os.path.exists(run / "args.json") else "nothing is kept"
-        p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
-    except FloatingPointError as error:
-        p.exit(2, f"\n{run}: epoch {state['epoch'] + 1}: {error}; go on with --resume --lr less\n")
-    except OSError as error:
-        go_on = "; go on with --resume" if os.path.exists(run / "args.json") else ""
-        p.exit(2, f"\n{run} cannot be written ({error}){go_on}\n")
-    except RuntimeError as error:
-        if "allocate" in str(error):  # a CPU without memory raises no class of its own
-            p.exit(2, f"\n{run}: not enough memory: a smaller --batch-size, another --out\n")
-        if args.compile:
-            p.exit(2, f"\n{run}: {data.one_line(error)}; go on with --resume --no-compile\n")
-        raise
-    if rank == 0:
-        print(f"python eval.py {run}")
+        if rank == 0:
+            drawn = data.picture(model, dataset, run / "examples.png")
+            print(*drawn, data.command("eval.py", run), sep="\n")
 
 
 if __name__ == "__main__":
