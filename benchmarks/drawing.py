@@ -4,6 +4,7 @@ matplotlib, scipy (the dendrogram) and scikit-learn (t-SNE) are imported where t
 draws nothing needs none of them.
 """
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -19,8 +20,9 @@ COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind too
     "MVAE": "#D55E00",
 }
 UNPAIRED, PAIRED, WRONG = "#56B4E9", "#E69F00", "#D55E00"
-MODALITIES = "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#D55E00", "#999999", "#8B5A2B", "#F0A8D0"
-DPI, SMALLEST = 150, 70  # pixels: of an inch, of a tile's shorter side
+MODALITIES = "#E69F00", "#56B4E9", "#CC79A7", "#D55E00", "#8B5A2B", "#F0A8D0", "#B5A642"
+DPI, SMALLEST, GAP, TITLE = 150, 70, 12, 50  # pixels: an inch, a tile's shorter side, ...
+BARS = 64  # features of a vector that are drawn as bars
 
 
 def pyplot():
@@ -49,9 +51,14 @@ def title(run):
 
 def pairs(args):
     """What the training examples of a run showed: f = 0.5, split."""
-    if args["unpaired"] == "masked" or "train_mask" in args.get("note", ""):
+    if is_masked(args):
         return "masked"
     return f"f = {args['paired']:g}" + (f", {args['unpaired']}" if args["paired"] < 1 else "")
+
+
+def is_masked(args):
+    """Whether a train_mask said what each training example of a run showed."""
+    return "train_mask" in args.get("note", "")
 
 
 def label(name):
@@ -111,47 +118,38 @@ def examples(blocks, hues, heading, path, across=3000):
 
     blocks: {title: rows (label, values)}, the input first: (n, C, H, W) are images, (n, D) bars,
     or, of more than 64 features, a square of brightness in reading order. hues: {label: colour}
-    of the bars
+    of the bars of a row
     """
-    sizes = [tile(rows[0][1]) for rows in blocks.values()]
-    wide = max(width for width, _ in sizes) + 8
-    n = max(1, min(across // wide, len(next(iter(blocks.values()))[0][1])))
-    heights = [h + 8 for (_, h), rows in zip(sizes, blocks.values()) for _ in rows]
-    margin, gap = 190, 34  # left of the rows; above a block, for its title
-    total = sum(heights) + gap * len(blocks) + 60
-    figure = pyplot().figure(figsize=((margin + n * wide + 10) / DPI, total / DPI))
-    top = total - 60
-    for (_, h), (title, rows) in zip(sizes, blocks.items()):
-        top -= gap
+    tiles = [tile(rows[0][1]) for rows in blocks.values()]
+    column = max(width for width, _ in tiles) + 2 * GAP
+    n = max(1, min(across // column, *(len(x) for rows in blocks.values() for _, x in rows)))
+    margin = 30 + 10 * max(len(name) for rows in blocks.values() for name, _ in rows)
+    width = margin + n * column
+    heights = [(h + GAP) * len(rows) + TITLE for (_, h), rows in zip(tiles, blocks.values())]
+    top = sum(heights)
+    total = top + TITLE
+    figure = pyplot().figure(figsize=(width / DPI, total / DPI))
+    for (_, h), (title, rows) in zip(tiles, blocks.items()):
         values = [x[:n].detach().cpu().float() for _, x in rows]
-        low, high = min(x.min().item() for x in values), max(x.max().item() for x in values)
-        if values[0].ndim == 4 or (low >= 0 and high <= 1):
-            low, high = 0.0, 1.0
-        squares = values[0].ndim == 2 and values[0].shape[1] > BARS
-        note = f"{title}: dark {low:.2g}, bright {high:.2g}" if squares else title
-        figure.text(0.005, (top + 8) / total, note, size=9, weight="bold")
+        low, high = axis_range(values)
+        top -= TITLE
+        ends = "" if values[0].ndim == 4 else f": {low:.3g} to {high:.3g}"
+        bright = ", dark to bright" if values[0].ndim == 2 and values[0].shape[1] > BARS else ""
+        figure.text(8 / width, (top + 8) / total, title + ends + bright, size=9, weight="bold")
         for (name, _), x in zip(rows, values):
-            top -= h + 8
-            box = margin / (margin + n * wide + 10), top / total
-            ax = figure.add_axes((*box, n * wide / (margin + n * wide + 10), (h + 8) / total))
-            ax.set(xlim=(0, n * wide), ylim=(0, h + 8), xticks=[], yticks=[])
+            top -= h + GAP
+            box = margin / width, top / total, n * column / width, (h + GAP) / total
+            ax = figure.add_axes(box, xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.set_ylabel(name, rotation=0, ha="right", va="center", size=8)
             for k, one in enumerate(x):
-                if one.ndim == 1 and not squares:
-                    bars(ax, one.numpy(), k * wide + 4, wide - 8, h, low, high, hues.get(name, "k"))
-                    continue
-                image = picture(one, squares)
-                height, width = image.shape[:2]
-                scale = min((wide - 8) / width, h / height)
-                left, bottom = k * wide + (wide - scale * width) / 2, (h - scale * height) / 2
-                extent = left, left + scale * width, bottom, bottom + scale * height
-                ax.imshow(image, cmap="gray", vmin=low, vmax=high, extent=extent, aspect="auto")
-            ax.set(xlim=(0, n * wide), ylim=(0, h + 8))
+                place = k * column + GAP, column - 2 * GAP, h
+                if one.ndim == 1 and len(one) <= BARS:
+                    bars(ax, one.numpy(), *place, low, high, hues[name])
+                else:
+                    picture(ax, one, *place, low, high)
+            ax.set(xlim=(0, n * column), ylim=(0, h + GAP))  # in pixels
     finish(figure, path, heading)
-
-
-BARS = 64  # features of a vector that are drawn as bars
 
 
 def tile(x):
@@ -163,23 +161,33 @@ def tile(x):
     return round(scale * width), round(scale * height)
 
 
-def picture(x, square):
-    """An example as (H, W) or (H, W, 3): an image, whose channels stand side by side unless they
-    are one or three; or a vector, folded to a square."""
-    if square:
-        side = -(-len(x) ** 0.5 // 1)
-        return F.pad(x, (0, int(side * side) - len(x)), value=float("nan")).view(int(side), -1)
-    if len(x) == 3:
-        return x.clamp(0, 1).permute(1, 2, 0)
-    return torch.cat(list(x), 1)
+def axis_range(values):
+    """The smallest and the largest of all rows; 0 and 1 for images and probabilities."""
+    low, high = min(x.min().item() for x in values), max(x.max().item() for x in values)
+    if values[0].ndim == 4 or 0 <= low <= high <= 1:
+        return 0.0, 1.0
+    return min(low, 0.0), max(high, 0.0)
+
+
+def picture(ax, x, left, width, height, low, high):
+    """An example in the middle of a box of pixels: an image, whose channels stand side by side
+    unless they are one or three; or a vector, folded to a square."""
+    if x.ndim == 1:
+        side = math.ceil(len(x) ** 0.5)
+        x = F.pad(x, (0, side * side - len(x)), value=math.nan).view(1, side, side)
+    x = x.clamp(0, 1).permute(1, 2, 0) if len(x) == 3 else torch.cat(list(x), 1)
+    scale = min(width / x.shape[1], height / x.shape[0])
+    wide, tall = scale * x.shape[1], scale * x.shape[0]
+    left, bottom = left + (width - wide) / 2, (height - tall) / 2
+    extent = left, left + wide, bottom, bottom + tall
+    ax.imshow(x, cmap="gray", vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
 def bars(ax, values, left, width, height, low, high, colour):
-    """A bar per value above and below the line of 0, in a box of a row."""
-    low, high = min(low, 0), max(high, 0)
+    """A bar per value above and below the line of 0, in a box of pixels."""
     scale = height / ((high - low) or 1)
     at = left + (np.arange(len(values)) + 0.5) * width / len(values)
-    zero = 4 - low * scale
+    zero = -low * scale
     ax.bar(at, values * scale, 0.8 * width / len(values), zero, color=colour, lw=0)
     ax.plot((left, left + width), (zero, zero), color="0.6", lw=0.5)
 
@@ -239,6 +247,8 @@ def relatedness(pairs, heading, path):
     size = dict(figsize=(4.5 * panels, 3.8 * len(pairs)), squeeze=False, layout="constrained")
     figure, axes = pyplot().subplots(len(pairs), panels, **size)
     most, between = max(d.max() for _, d, _ in pairs), []
+    for ax in axes[1:, 0]:
+        ax.sharey(axes[0, 0])
     for (names, d, labels), row in zip(pairs, axes):
         same, (a, b) = labels[:, None] == labels, map(label, names)
         for shown, what, colour in ((~same, "unrelated", UNPAIRED), (same, "related", PAIRED)):

@@ -71,6 +71,17 @@ def score(modality, base, missed, spread):
     return 1 - (missed[varies] / spread[varies]).mean().item()
 
 
+def notes(results):
+    """Lines below a table of these."""
+    if not any("regenerated_log_p" in r for r in results):
+        return []
+    lines = [f"Regenerated is the mean over {DRAWS} draws of z, as --fill writes it."]
+    standard = {name: None for r in results for name in r["run"]["spec"].get("standardise", {})}
+    if standard:
+        lines.append(f"Log-likelihoods of {', '.join(standard)} are of standardised features.")
+    return lines
+
+
 def average(modality, split, m, index, classes):
     """The mean of modality m over the examples `index`; of a class, how frequent each one is.
     -> float64"""
@@ -151,24 +162,33 @@ def few(labels, n, most=10):
 
 
 @torch.no_grad()
-def draw(run, dataset, path):
+def draw(run, dataset, path, seed=0):
     """The same test examples of every modality: as they are, from itself, each other one, all."""
     model, split, names = run.model, dataset.test, dataset.names
     index, standard = few(split.labels, len(split)), dataset.spec.get("standardise", {})
     xs, means = split[index], {}
     for source, shown in sources(names).items():
-        ((_, _, z),) = passes(model, len(index), lambda i: data.show(split, shown, index[i]))
+        ((_, _, z),) = passes(
+            model, len(index), lambda i: data.show(split, shown, index[i]), seed=seed
+        )
         means[source] = [x.mean(0) for x in model.decode(z)]
+    labels = {source: f"from {drawing.label(source)}" for source in means}
+    hues = {label: drawing.hue(k) for k, label in enumerate(labels.values())}
+    hues |= {"input": "black", labels[list(labels)[-1]]: "gray"}
     blocks = {}
     for m, (modality, x) in enumerate(zip(model.modalities, xs)):
         if modality.likelihood == "categorical":
             x = F.one_hot(x, means[names[m]][m].shape[-1]).float()
-        others = [source for source in means if source != names[m]]
-        rows = [("input", x)]
-        rows += [(source, means[source][m]) for source in (names[m], *others)]
-        unit = ", in standard deviations from the training mean" if names[m] in standard else ""
-        blocks[drawing.label(names[m]) + unit] = rows
-    drawing.examples(blocks, names, f"{drawing.title(run)} · test examples", path)
+        order = names[m], *(source for source in means if source != names[m])
+        rows, unit = {"input": x} | {labels[source]: means[source][m] for source in order}, ""
+        if modality.likelihood == "poisson":
+            rows, unit = {label: x.sqrt() for label, x in rows.items()}, ", square roots"
+        elif names[m] in standard:
+            unit = ", in standard deviations from the training mean"
+        blocks[drawing.label(names[m]) + unit] = [
+            (label, x.flatten(1) if x.ndim != 4 else x) for label, x in rows.items()
+        ]
+    drawing.examples(blocks, hues, f"{drawing.title(run)} · test examples", path)
 
 
 # ----------------------------------------------------------------------------- gaps are filled in
@@ -323,4 +343,6 @@ def write(path, arrays):
         path.parent.mkdir(parents=True, exist_ok=True)
         data.replace(path, archive)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): choose another --out"
+        ) from None
