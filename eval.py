@@ -748,51 +748,51 @@ def parser(usual):
         TERMS,
     )
     flag = p.add_argument
-    flag("runs", nargs="+", help="folders that the training scripts have made")
-    flag("--figures", metavar="DIR", type=Path, help="draw what is measured into this folder")
-    flag("--data", metavar="DIR", help="folder of the data sets, if not the one in training")
-    flag("--seed", type=data.at_least(0), default=0, help="of the random draws of z")
-    what = f"draws of z for a log-likelihood (default: {SAMPLES:,}); with --fill: see below"
+    flag("runs", nargs="+", help="folders of runs, as the training scripts print them")
+    flag("--figures", metavar="DIR", type=Path, help="draw what is measured, into this folder")
+    flag("--data", metavar="DIR", help="folder of the data sets, if it is not that of the training")
+    flag("--seed", type=data.at_least(0), default=0, help="fixes the random draws of z")
+    what = f"draws of z for each log-likelihood (default: {SAMPLES:,}); with --fill: see below"
     flag("--samples", metavar="N", type=data.at_least(1), help=what)
     flag("--full", action="store_true", help="log-likelihoods of all test examples, not of 100")
-    flag("--no-likelihoods", action="store_true", help="leave them out: they take longest")
-    flag("--paper", action="store_true", help="show what the papers report for a setting, too")
-    flag(
-        "--against", metavar="FLAG", default="paired", help="what the curves of --figures are over"
-    )
+    flag("--no-likelihoods", action="store_true", help="no log-likelihoods, which take longest")
+    flag("--paper", action="store_true", help="beside ours, what the two papers report")
+    flag("--against", metavar="FLAG", default="paired", help="x-axis of the curves: see below")
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to compute")
-    group = p.add_argument_group("instead of measuring: fill in what new examples lack, by one run")
-    group.add_argument("--fill", metavar="NEW.npz", help="the new examples")
-    group.add_argument(
-        "--out", metavar="FILLED.npz", help="where all of each example is written to"
-    )
+    group = p.add_argument_group("to fill in what new examples lack, instead of measuring")
+    group.add_argument("--fill", metavar="NEW.npz", help="the new examples: see below")
+    group.add_argument("--out", metavar="FILLED.npz", help="file to write")
     return p
 
 
 SAMPLES = 1000  # K of a log-likelihood
 TERMS = """\
-Measuring writes metrics.json into each run's folder. Of one run every metric is printed, with its
-meaning; of several a table in Markdown, a row per setting, over its seeds. A folder that has no
-checkpoint any more is shown from its metrics.json. --figures draws test examples beside what is
-generated from them, where z lies, and, of several runs, every metric against a flag of training, as
-in --against epochs; as it is, against the fraction of examples that show all modalities.
+z is a model's latent variable, q(z|x) its encoder, a distribution over z given what is shown of an
+example, p(x|z) its decoder. Test examples are those that the data set keeps back from training.
 
-NEW.npz has arrays named like the run's modalities, a row per example. Any of them may be absent; an
-array `mask`, examples x modalities, is false where one is to be taken as missing. FILLED.npz gets
-latent_mean and latent_std of q(z|what a row shows), and every modality's mean given that, missing or
-not, in shapes and units of the data. With --samples N, each modality has N values per example, one
-for each draw of z: how far they differ says how sure the model is."""
+Measuring writes metrics.json into the folder of each run. Of one run every metric is printed with its
+meaning; of several a table, in Markdown, a row for all runs that differ in --seed alone. A folder
+without a checkpoint is shown from its metrics.json. --figures draws test examples beside what is
+generated from them, and where their z lie; of several runs also a curve of every metric against a
+flag of training: `paired`, the fraction of examples that show all modalities, or another, as in
+--against epochs.
+
+NEW.npz has arrays named like the modalities of the run, a row per example. Any may be absent; where
+an array `mask`, examples x modalities, is false, an entry counts as missing. FILLED.npz gets the
+mean and the deviation of q(z|what a row shows), latent_mean and latent_std, and of every modality
+the mean given what the row shows, whether it is missing or not, in the data's own shapes and units.
+With --samples N it is N values instead, one for each draw of z: how far they differ tells how
+certain the model is."""
 
 
 def fill(run, args):
     """--fill: writes args.out and says what is in it."""
     standard = run.args["spec"].get("standardise", {})
     shown = npz.fill(run.model, standard, args.fill, args.out, args.samples, args.seed)
-    print(f"{args.out}: latent_mean, latent_std and all modalities of {len(shown):,} examples")
+    print(f"{args.out} has latent_mean and latent_std of {len(shown):,} examples, and of each")
     for modality, seen in zip(run.model.modalities, shown.T):
-        print(
-            f"    {drawing.label(modality.name)}: filled in where it is missing, {(~seen).sum():,}"
-        )
+        name = drawing.label(modality.name)
+        print(f"    {name}, shown in {seen.sum():,} rows, filled in in {(~seen).sum():,}")
 
 
 def main(argv=None):

@@ -148,7 +148,7 @@ def examples(blocks, hues, heading, path, across=3000):
                     bars(ax, one.numpy(), *place, low, high, hues[name])
                 else:
                     picture(ax, one, *place, low, high)
-            ax.set(xlim=(0, n * column), ylim=(0, h + GAP))  # in pixels
+            ax.set(xlim=(0, n * column), ylim=(-4, h + GAP - 4))  # in pixels
     finish(figure, path, heading)
 
 

@@ -204,6 +204,7 @@ class Given(NamedTuple):
     dtype: np.dtype  # of what is written of it: uint8 where x was 0 to 255
 
 
+@torch.no_grad()
 def fill(model, standard, path, out, draws=None, seed=0):
     """New examples -> an .npz with every modality of each, from what its row shows.
 
@@ -324,7 +325,7 @@ def in_units(modality, given, constants, mean):
         return found | {f"{modality.name}_probabilities": mean.astype("f4")}
     x = data.unstandardise(mean, constants)
     if given is None:
-        return {modality.name: x.astype("f4")}
+        return {modality.name: x if constants else x.astype("f4")}
     x = np.rint(255 * x) if given.dtype == np.uint8 else x
     lead = x.shape[: x.ndim - len(modality.shape)]
     return {modality.name: x.reshape(*lead, *given.shape).astype(given.dtype)}

@@ -200,7 +200,7 @@ def listing(result, paper=False):
     for section, (title, meaning) in SECTIONS.items():
         scores = by_key(result.get(section, {}))
         disputed = by_key(result.get("disputed", {}).get(section, {}))
-        names = {key: " → ".join(map(drawing.label, key.split("->"))) for key in scores}
+        names = {key: " → ".join(map(drawing.label, key.split("->"))) or title for key in scores}
         lines += ["", *textwrap.wrap(meaning, 100)] if scores else []
         for key, score in scores.items():
             cell = number([math.nan if score is None else score])
