@@ -180,7 +180,7 @@ def picture(ax, x, left, width, height, low, high):
     wide, tall = scale * x.shape[1], scale * x.shape[0]
     left, bottom = left + (width - wide) / 2, (height - tall) / 2
     extent = left, left + wide, bottom, bottom + tall
-    ax.imshow(x, cmap="gray", vmin=low, vmax=high, extent=extent, aspect="auto")
+    ax.imshow(x.numpy(), cmap="gray", vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
 def bars(ax, values, left, width, height, low, high, colour):

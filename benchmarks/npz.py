@@ -11,6 +11,7 @@ Shapes: N examples, B of a batch, K draws, L latent dimensions, M modalities.
 import itertools
 import zipfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,30 +222,31 @@ def fill(model, standard, path, out, draws=None, seed=0):
     if Path(out).exists():
         raise ValueError(f"{out} is there already: choose another --out")
     given, shown = read_new(model, standard, path)
-    device, modalities = next(model.parameters()).device, model.modalities
+    device, lead = next(model.parameters()).device, () if draws is None else (draws,)
     filled = {key: np.zeros((len(shown), model.latent_dim), "f4") for key in LATENT}
     for pattern, rows in data.patterns(torch.from_numpy(shown)):
-
-        def show(index):
-            return [g.x[rows[index]].to(device) if s else None for g, s in zip(given, pattern)]  # noqa: B023
-
+        seen = [old.x[rows] if shows else None for old, shows in zip(given, pattern)]
+        show = partial(batch, seen, device)
         for index, q, z in passes(model, len(rows), show, draws or DRAWS, seed):
             at = rows[index].numpy()
             for key, value in zip(LATENT, (q.mean, q.stddev)):
                 filled[key][at] = value.cpu().numpy()
-            for k, part in enumerate(z.split(DRAWS)):
-                where = (slice(k * DRAWS, k * DRAWS + len(part)), at) if draws else at
-                for modality, old, mean in zip(modalities, given, model.decode(part)):
-                    mean = (mean if draws else mean.mean(0)).double().cpu().numpy()
-                    constants = standard.get(modality.name)
-                    for name, values in in_units(modality, old, constants, mean).items():
+            for first, part in zip(range(0, len(z), DRAWS), z.split(DRAWS)):
+                where = at if draws is None else (slice(first, first + len(part)), at)
+                for modality, old, mean in zip(model.modalities, given, model.decode(part)):
+                    mean = (mean.mean(0) if draws is None else mean).double().cpu().numpy()
+                    units = in_units(modality, old, standard.get(modality.name), mean)
+                    for name, values in units.items():
                         if name not in filled:
-                            lead = (draws,) if draws else ()
-                            shape = values.shape[len(lead) + 1 :]
-                            filled[name] = np.zeros((*lead, len(shown), *shape), values.dtype)
+                            shape = *lead, len(shown), *values.shape[len(lead) + 1 :]
+                            filled[name] = np.zeros(shape, values.dtype)
                         filled[name][where] = values
     write(Path(out), filled)
     return shown
+
+
+def batch(xs, device, index):
+    return [None if x is None else x[index].to(device) for x in xs]
 
 
 def read_new(model, standard, path):
@@ -298,7 +300,7 @@ def as_given(where, modality, array, seen, constants, classes):
         row = int((~np.isfinite(x)).reshape(len(x), -1).any(1).argmax())
         raise ValueError(f"{where} has values that are not finite, in row {row}: hide it by a mask")
     numbers = modality.likelihood not in ("categorical", "poisson")
-    as_bytes = numbers and constants is None and dtype == np.uint8 and x.max() > 1
+    as_bytes = numbers and constants is None and dtype == np.uint8 and array.max() > 1
     x = x.astype("f4") / 255 if as_bytes else x
     ranges = {
         "bernoulli": ("in [0, 1], or bytes", (x < 0) | (x > 1)),
