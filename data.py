@@ -50,6 +50,8 @@ DATASETS = {  # name: its file in benchmarks/, which has load(name, root) -> Dat
     "cub": "cub",
     "spectra": "spectra",
 }
+UNPAIRED = ("split", "all", "rest", "none")  # or a modality's name
+SAMPLING = ("natural", "balanced")
 
 
 class Split:
@@ -188,7 +190,7 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None, groups=No
         return patterns(mask)
     if not 0 < paired <= 1:
         raise ValueError(f"--paired is the fraction of whole examples, in (0, 1], not {paired:g}")
-    if unpaired not in ("split", "all", "rest", "none", *names):
+    if unpaired not in (*UNPAIRED, *names):
         raise ValueError(
             f"--unpaired is split, all, rest, none or one of {', '.join(names)}, not {unpaired!r}"
         )
@@ -530,9 +532,8 @@ def read_run(run):
         return {"standardise": False} | absolute(args), state  # as runs were before that flag
     except FileNotFoundError:
         others = [path.parent for path in run.parent.glob("*/args.json")]
-        raise ValueError(
-            f"{run} holds no run to resume: {nearest(run, others, 'name it with --out')}"
-        ) from None
+        meant = nearest(run, others, "start without --resume")
+        raise ValueError(f"{run} holds no run to resume (--out names another): {meant}") from None
     except Exception as error:  # cut short, never a run, or with code in it
         reason = str(error).split("\n")[0].split(". ")[0]
         why = f"{run} holds no run to resume ({type(error).__name__}: {reason})"
@@ -698,8 +699,15 @@ def progress(what, done, step, total, start, first=0):
         print(line, file=sys.stderr, flush=True)
 
 
-UNPAIRED = ("split", "all", "rest", "none")
 MOST_CLASSES = 2**16
+KINDS = {  # of a user's arrays: how they are held, and the likelihood unless another is asked for
+    "class": (np.int64, "categorical"),
+    "bits": (np.bool_, "bernoulli"),
+    "bytes": (np.uint8, "bernoulli"),
+    "greys": (np.float32, "bernoulli"),
+    "counts": (np.float32, "poisson"),
+    "numbers": (np.float64, "laplace"),
+}
 
 
 def load_npz(path, limit=None, likelihoods=None, constants=None):
@@ -827,16 +835,13 @@ def own_array(path, name, arrays, shown, asked):
         if both and array.shape[1:] != both[0].shape[1:]:
             wrong = f"{array.shape} does not fit {both[0].shape}"
         if wrong:
-            raise ValueError(f"{where} {wrong}" + (f", as train_{name} has" if both else ""))
-        both.append(array.astype({"class": np.int64, "bits": bool}.get(kind, array.dtype)))
-    if kind == "counts":
-        both = [array.astype(np.float32) for array in both]
-    usual = {"class": "categorical", "counts": "poisson", "numbers": "laplace"}
-    return both, asked or usual.get(kind, "bernoulli")
+            raise ValueError(f"{where} {wrong}" + (f", unlike train_{name}" if both else ""))
+        both.append(array.astype(KINDS[kind][0]))
+    return both, asked or KINDS[kind][1]
 
 
 def kind_of(array, asked):
-    """class, bits, bytes, greys, counts or numbers: what the training examples of an array are."""
+    """Which of KINDS the training examples of an array are."""
     if array.ndim == 1:
         return "class"
     if array.ndim != 4 and asked == "poisson":
@@ -903,18 +908,16 @@ def draw_rows(rows, path):
 
 
 @torch.no_grad()
-def picture(model, dataset, path, n=10):
-    """A PNG of test examples, one per label where there are ten or fewer: of each modality, its
-    images, and what is generated from one z of it alone, itself first. -> [a line that says so], or
-    [] where no modality is an image"""
+def picture(model, dataset, path, n=10, most=12):
+    """A PNG of n test examples, one per label where there are n labels or fewer: of each modality, its
+    images, and what is generated from one z of it alone, itself first; `most` rows. -> [a line that
+    says so], or [] where no modality is an image"""
     test, device = dataset.test, next(model.parameters()).device
     shown = [m for m, base in enumerate(test.bases) if drawable(base)]
     index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
-    if (
-        test.labels is not None
-        and len(firsts := np.unique(test.labels.cpu(), return_index=True)[1]) <= n
-    ):
-        index = torch.from_numpy(firsts)
+    if test.labels is not None:
+        firsts = np.unique(test.labels.cpu(), return_index=True)[1]
+        index = torch.from_numpy(firsts) if len(firsts) <= n else index
     xs = [x.to(device) for x in test[index.to(test.rows[0].device)]] if shown else []
     rows = {}
     model.eval()
@@ -924,6 +927,7 @@ def picture(model, dataset, path, n=10):
         rows |= {name: xs[m]} if m in shown else {}
         for k in sorted(shown, key=lambda k: k != m):
             rows[f"{name} -> {dataset.names[k]}"] = means[k]
+    rows = dict(list(rows.items())[:most])
     if rows and draw_rows(list(rows.values()), path):
         return [f"{path} has rows of test examples: {', '.join(rows)}"]
     return []

@@ -232,13 +232,17 @@ MODEL = MEME
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--samples", type=int, default=10, help="K, eq. (8)")
-    flag("--kl", default="closed", help="closed, outside w, or sample, as in eq. (6)")
-    flag("--classifier-scale", type=float, default=10.0, help="c, the factor of log q(t|s)")
-    flag("--full-gradient", action="store_true", help="the gradient of w, too, eq. (7)")
-    flag("--direction", metavar="NAME", help="train only L(NAME -> t)")
-    flag("--pseudo-samples", type=int, default=128, help="N, eq. (4)")
-    flag("--explicit", default="mixture", help="mixture or product: p(z|t) of several t, App. E")
+    flag("--samples", type=int, default=10, help="samples of z per example (K)")
+    flag("--kl", default="closed", help="KL terms: closed, a formula, or sample, at one z, eq. (6)")
+    flag("--classifier-scale", type=float, default=10.0, help="weight of predicting the others")
+    flag(
+        "--full-gradient",
+        action="store_true",
+        help="take the gradient of the weights w, too: noisy",
+    )
+    flag("--direction", metavar="NAME", help="train to generate the others from NAME only")
+    flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
+    flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts
@@ -267,7 +271,7 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=["natural", "balanced"], help="in a step")
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch: see below")
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
@@ -276,12 +280,7 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag(
-        "--seed",
-        type=data.at_least(0),
-        default=0,
-        help="of who is paired, first weights, order, noise",
-    )
+    flag("--seed", type=data.at_least(0), default=0, help="of pairs, first weights, order, noise")
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
@@ -298,8 +297,8 @@ def parser(argv):
 def run_folder(p, args, common):
     """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
     and not as usual."""
-    flags = {k: f"{k}={v}".replace("_", "-") for k, v in vars(args).items()}
-    flags = {k: text for k, text in flags.items() if getattr(args, k) != p.get_default(k)}
+    flags = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
+    flags = {k: f"no-{k}" if v is False else f"{k}={v}".replace("_", "-") for k, v in flags.items()}
     name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
     pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
     name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]

@@ -209,7 +209,8 @@ class LogCounts(nn.Module):
     """log(1 + x), continued to negative numbers, which pseudo-samples may become, as -log(1 - x)."""
 
     def forward(self, x):
-        return x.sign() * x.abs().log1p()
+        below = x < 0  # abs and clamp have no gradient at 0, where most counts are
+        return torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
 
 
 class OneHot(nn.Module):
@@ -348,7 +349,7 @@ def modalities(
 
     name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
     arrays.
-    shapes: {modality: shape}, for npz. classes: {modality: how many}, for npz, of those that are a
+    shapes: {modality: shape}, for npz, and for cub with features of one's own. classes: {modality: how many}, for npz, of those that are a
     class. standardise: {modality: constants}, for npz: these have a deviation of 1 per feature.
     vocabulary: words of cub's captions. width: scales the layers of spectra. likelihoods, weights:
     one per modality, instead of the defaults.
@@ -362,7 +363,7 @@ def modalities(
     elif name in BANDS:
         found = [band(part, (1, 28 // len(BANDS[name]), 28)) for part in BANDS[name]]
     elif name == "cub":
-        found = [bird_features(), captions(vocabulary)]
+        found = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
     elif name == "spectra":
         found = [spectra(width), fingerprints()]
     elif name == "npz":
@@ -414,12 +415,12 @@ def band(name, shape):
     return Modality(name, shape, band_encoder, partial(band_decoder, shape), "bernoulli")
 
 
-def bird_features():
-    """[poe] Table A.6. Laplace of scale .01, weighted .002: the released code of both papers'
-    baselines."""
-    encoder = partial(mlp_encoder, (2048, 1024, 512, 256), activation=nn.ELU)
-    decoder = partial(mlp_decoder, (256, 512, 1024, 2048), (2048,), activation=nn.ELU)
-    return Modality("image", (2048,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
+def bird_features(size):
+    """[poe] Table A.6, with 2048 features. Laplace of scale .01, weighted .002: the released code of
+    both papers' baselines."""
+    encoder = partial(mlp_encoder, (size, 1024, 512, 256), activation=nn.ELU)
+    decoder = partial(mlp_decoder, (256, 512, 1024, size), (size,), activation=nn.ELU)
+    return Modality("image", (size,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
 
 
 def captions(words):

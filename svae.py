@@ -192,9 +192,9 @@ MODEL = SVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="svae", help="svae, eq. (19), or vaevae, without L(x_m) on pairs")
-    flag("--prior-expert", action="store_true", help="p(z) as one more expert of every product")
-    flag("--experts", default="bounded", help="bounded, or exact: N(mu, exp(logvar))")
+    flag("--objective", default="svae", help="svae, or vaevae: of pairs the joint bound alone")
+    flag("--prior-expert", action="store_true", help="multiply N(0, I) into products of encoders")
+    flag("--experts", default="bounded", help="bounded: encoders cannot go flat; exact: they can")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts
@@ -223,7 +223,7 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=["natural", "balanced"], help="in a step")
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch: see below")
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
@@ -232,12 +232,7 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag(
-        "--seed",
-        type=data.at_least(0),
-        default=0,
-        help="of who is paired, first weights, order, noise",
-    )
+    flag("--seed", type=data.at_least(0), default=0, help="of pairs, first weights, order, noise")
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
@@ -254,8 +249,8 @@ def parser(argv):
 def run_folder(p, args, common):
     """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
     and not as usual."""
-    flags = {k: f"{k}={v}".replace("_", "-") for k, v in vars(args).items()}
-    flags = {k: text for k, text in flags.items() if getattr(args, k) != p.get_default(k)}
+    flags = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
+    flags = {k: f"no-{k}" if v is False else f"{k}={v}".replace("_", "-") for k, v in flags.items()}
     name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
     pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
     name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]

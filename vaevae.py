@@ -166,8 +166,8 @@ MODEL = VAEVAE
 
 def options(flag):
     """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="vaevae", help="vaevae, or svae, with L(x_m) on pairs, too")
-    flag("--variant", default="b", help="b, a network per subset of modalities, or a, a product")
+    flag("--objective", default="vaevae", help="vaevae, or svae: of pairs each one's bound, too")
+    flag("--variant", default="b", help="b: a joint encoder network; a: the product of the others")
 
 
 # ----------------------------------------------------------- the loop: one text in all five scripts
@@ -196,7 +196,7 @@ def parser(argv):
     flag("--data", default="./data", help="folder of the data sets")
     flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
     flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=["natural", "balanced"], help="in a step")
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch: see below")
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
@@ -205,12 +205,7 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag(
-        "--seed",
-        type=data.at_least(0),
-        default=0,
-        help="of who is paired, first weights, order, noise",
-    )
+    flag("--seed", type=data.at_least(0), default=0, help="of pairs, first weights, order, noise")
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
@@ -227,8 +222,8 @@ def parser(argv):
 def run_folder(p, args, common):
     """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
     and not as usual."""
-    flags = {k: f"{k}={v}".replace("_", "-") for k, v in vars(args).items()}
-    flags = {k: text for k, text in flags.items() if getattr(args, k) != p.get_default(k)}
+    flags = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
+    flags = {k: f"no-{k}" if v is False else f"{k}={v}".replace("_", "-") for k, v in flags.items()}
     name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
     pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
     name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]

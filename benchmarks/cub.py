@@ -1,6 +1,7 @@
 """cub: photos of birds, as features of a network that has seen ImageNet, and their captions.
 
-`python data.py cub` finds or downloads the photos and writes their features to cub/features.npz.
+`python data.py cub` finds or downloads the photos and writes their features to cub/features.npz;
+with --features, those of a file, of any network and any width.
 Captions come from Shi et al.'s text_*.txt or from Reed et al.'s text_c10/. What is generated is
 judged by how a photo's features and a sentence's word vectors correlate, [meme] App. G.
 
@@ -35,14 +36,17 @@ CLASSES = {  # the zero-shot split of Reed et al. (2016): no species is in both
     "train": (("trainvalclasses.txt",), ("trainclasses.txt", "valclasses.txt")),
     "test": (("testclasses.txt",),),
 }
+OWN = (
+    "from "  # how the origin of one's own features begins, where torchvision's weights would stand
+)
 SPECIALS = ("<exc>", "<pad>", "<eos>")  # a word outside the vocabulary, padding, the end
 EXC, PAD, EOS = range(3)
 WORDS = 32  # a caption's length, <eos> included
 
 
 def load(name, root):
-    """CUB's features (2048,) and captions (32,), ten per photo; makes cub/features.npz first where
-    it is missing.
+    """CUB's features (2048,), or as many as one's own have, and captions (32,), ten per photo; makes
+    cub/features.npz first where it is missing.
 
     A photo's ten examples share one row of the features. The vocabulary is that of the training
     captions.
@@ -64,7 +68,11 @@ def load(name, root):
         index = torch.arange(len(captions))
         found = [torch.from_numpy(x), encode_captions(captions, words)]
         splits[split] = data.Split(found, [index // 10, index])
-    notes = []
+    notes, width = [], cache["x"].shape[1]
+    spec = {"name": "cub", "vocabulary": len(words)}
+    if str(cache["weights"]).startswith(OWN):
+        notes.append(f"{width:,} features per photo, {cache['weights']}, standardised")
+        spec["shapes"] = {"image": [width], "caption": [WORDS]}
     if str(cache["weights"]) == "none":
         notes.append(
             "features of a randomly initialised ResNet-101: a check of the path, no result"
@@ -76,7 +84,7 @@ def load(name, root):
     return data.Dataset(
         name=name,
         **splits,
-        spec={"name": "cub", "vocabulary": len(words)},
+        spec=spec,
         names=("image", "caption"),
         words=words,
         note="; ".join(notes),
@@ -84,21 +92,27 @@ def load(name, root):
 
 
 def flags(flag):
-    flag("--weights", default="IMAGENET1K_V1", help="of ResNet-101, or none: random")
-    flag("--no-normalise", action="store_true", help="photos as they are, as MMVAE's code has them")
+    flag("--weights", default="IMAGENET1K_V1", help="of the ResNet-101 for features; none: random")
+    flag("--no-normalise", action="store_true", help="do not normalise photos as ImageNet's were")
+    flag("--features", help="your own in its place: .npz with x (photos, D), also files")
 
 
 def prepare(root, args):
-    found = prepare_cub(root, args.weights, not args.no_normalise)
+    weights, own = args.weights, args.features
+    if own is not None:
+        data.read_npz(own, ("x",))
+        weights = f"{OWN}{Path(own).name} (MD5 {data.md5(own)[:8]})"
+    found = prepare_cub(root, weights, not args.no_normalise, features=own)
     for name in found["unreadable"]:
         print(f"unreadable, left out: {name}")
 
 
-def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
+def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None, features=None):
     """Finds or downloads the photos and writes their features to cub/features.npz; resumes where it
     was interrupted.
 
-    weights: a name of torchvision's ResNet101_Weights, or none for a randomly initialised network.
+    weights: a name of torchvision's ResNet101_Weights, or none for a randomly initialised network;
+    features: a file that own_features reads, in place of a network, weights being its name.
     -> dict of sizes. ValueError, in a sentence: no captions, not ten captions per photo, no
     weights, a folder that cannot be written to, a cache made with other settings.
     """
@@ -108,7 +122,7 @@ def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
     if cache:
         need_same(cache, weights, normalise, made)
     else:
-        net = resnet(weights)
+        net = resnet(weights) if features is None else None
         fetch_photos(cub)
     train, test = list_photos(cub, "train"), list_photos(cub, "test")
     for split, files in (("train", train), ("test", test)):
@@ -120,7 +134,12 @@ def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None):
                 f" ({len(train + test)}): delete it to have it made again"
             )
     else:
-        cache = extract(cub, made, train + test, len(train), net, weights, normalise, device)
+        if features is None:
+            cache = extract(cub, made, train + test, len(train), net, weights, normalise, device)
+        else:
+            x = own_features(features, train + test, len(train))
+            cache = {"weights": weights, "normalise": normalise, "x": x, "train": len(train)}
+            cache |= {"files": np.array(train + test), "readable": np.ones(len(x), bool)}
         data.save_npz(made, **cache)
         made.with_name("features.partial.npz").unlink(missing_ok=True)
     dataset = load("cub", root)
@@ -401,17 +420,51 @@ def resume(partial, cache):
 
 def read_features(path):
     """The arrays weights, normalise, files (N,), train: how many of them train, readable (N,),
-    x (readable, 2048)."""
+    x (readable, D)."""
     cache = data.read_npz(path, ("weights", "normalise", "files", "train", "readable", "x"))
     x, readable = cache["x"], cache["readable"]
     files, train = cache["files"], cache["train"]
     good = files.dtype.kind == "U" and files.ndim == readable.ndim == 1 and readable.dtype == bool
     good = good and train.ndim == 0 and train.dtype.kind in "iu" and 0 < train < len(files)
     good = good and cache["weights"].ndim == cache["normalise"].ndim == 0
-    good = good and x.dtype == np.float32 and x.shape == (readable.sum(), 2048)
+    width = x.shape[1:] if str(cache["weights"]).startswith(OWN) else (2048,)
+    good = good and x.dtype == np.float32 and x.shape == (readable.sum(), *width)
+    good = good and x.ndim == 2 and x.size
     if not (good and len(readable) <= len(files) and np.isfinite(x).all()):
         raise ValueError(f"{path} does not hold features of CUB's photos: delete it")
     return cache
+
+
+def own_features(path, files, train):
+    """A user's features of CUB's photos, standardised as the training photos are, the first `train`
+    of files.
+
+    The .npz holds x (photos, D), in the order of the photos, or with their names in `files` in any
+    order, of which the species' folder and the file's own name count. -> float32 (len(files), D)
+    """
+    arrays = data.read_npz(path, ("x",))
+    x, names = arrays["x"], arrays.get("files")
+    if x.ndim != 2 or x.dtype.kind not in "fiu" or not x.size:
+        raise ValueError(f"{path}: x {x.shape} is to be numbers, (photos, features)")
+    if names is not None:
+        if names.dtype.kind != "U" or names.shape != x.shape[:1]:
+            raise ValueError(f"{path}: files {names.shape} is to hold a name for each row of x")
+        rows = {Path(name).parts[-2:]: row for row, name in enumerate(names.tolist())}
+        missing = [file for file in files if Path(file).parts[-2:] not in rows]
+        if missing:
+            raise ValueError(
+                f"{path} has no features of {len(missing)} of the {len(files)} photos, the first of "
+                f"them {missing[0]}"
+            )
+        x = x[[rows[Path(file).parts[-2:]] for file in files]]
+    elif len(x) != len(files):
+        raise ValueError(
+            f"{path} has features of {len(x)} photos, there are {len(files)}: name them in files"
+        )
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: x has values that are not finite")
+    return data.standardise(x, data.constants_of(x[:train])).astype(np.float32)
 
 
 # What is generated, measured and drawn
@@ -549,7 +602,7 @@ def sentence_vectors(tokens, words, vectors):
 def cross_generate(model, split, batch_size=256):
     """Each test pair the other way round: one z per input, the decoded mean, the likeliest words.
 
-    -> features from the captions (N, 2048), captions from the images int64 (N, 32)
+    -> features from the captions (N, D), captions from the images int64 (N, 32)
     """
     device = next(model.parameters()).device
     split, features, captions = split.to(device), [], []
@@ -562,7 +615,7 @@ def cross_generate(model, split, batch_size=256):
 
 @torch.no_grad()
 def joint_generate(model, n=1000, batch_size=250):
-    """n samples of the prior -> features (n, 2048), captions int64 (n, 32)"""
+    """n samples of the prior -> features (n, D), captions int64 (n, 32)"""
     features, captions = [], []
     for k in range(0, n, batch_size):
         image, caption = model.decode(model.prior().sample((min(batch_size, n - k),)))

@@ -264,11 +264,11 @@ def listed(counts):
 
 
 def flags(flag):
-    flag("--msp", help="spectra; MassBank's release is downloaded without it")
-    flag("--instrument", default="LC-ESI-QFT", help="Instrument_type to keep")
-    flag("--mgf", help="the spectra of challenges, for ranking")
-    flag("--candidates", help="CSV with id, inchikey, smiles")
-    flag("--truth", help="CSV with id, inchikey")
+    flag("--msp", help="file of spectra (NIST's format), instead of MassBank's, which it downloads")
+    flag("--instrument", default="LC-ESI-QFT", help="use spectra with this Instrument_type only")
+    flag("--mgf", help="file of spectra whose molecules are to be found among candidates")
+    flag("--candidates", help="CSV file: id (a TITLE in --mgf), inchikey, smiles of each candidate")
+    flag("--truth", help="CSV file: id, inchikey of the true molecule of each spectrum in --mgf")
 
 
 def prepare(root, args):
@@ -484,14 +484,16 @@ def sparse_from(arrays, part):
 
 
 def load(name, root):
-    """spectrum: 11,000 bins in [0, 1]; fingerprint: 2,149 bits, held once per compound."""
+    """spectrum: 11,000 bins in [0, 1]; fingerprint: 2,149 bits, held once per compound. All spectra of a
+    compound are paired together, so that a fingerprint which is hidden is hidden in all of them."""
     arrays, splits = read_spectra(root), []
     for part in ("train", "test"):
         spectra = sparse_from(arrays, part)
         bits = np.unpackbits(arrays[f"{part}_bits"], axis=1, count=BITS).astype(bool)
         rows = [torch.arange(len(spectra)), torch.from_numpy(arrays[f"{part}_rows"])]
         splits.append(data.Split([spectra, torch.from_numpy(bits)], rows))
-    return data.Dataset(name, *splits, {"name": name}, ("spectrum", "fingerprint"))
+    names, compounds = ("spectrum", "fingerprint"), splits[0].rows[1]
+    return data.Dataset(name, *splits, {"name": name}, names, groups=compounds)
 
 
 class Challenges(NamedTuple):

@@ -471,7 +471,7 @@ WORDS = {  # of the flags that do not take a number
     "unpaired": ["split", "all", "rest", "none", "0", "1", "2", "nope", "", "a/b", "--"],
     "sampling": ["natural", "balanced", "x"], "direction": ["0", "1", "2", "x", ""],
     "likelihoods": ["laplace,laplace", "bernoulli,bernoulli", "normal", "categorical,laplace", "",
-                    ",", "laplace,normal,laplace", "x,y"],
+                    ",", "laplace,normal,laplace", "x,y", "poisson,poisson", "laplace,poisson"],
     "weights": ["1,1", "0,0", "nan,1", "1", "-1,1", "", "1e38,1e38", "x,1", "1,2,3", "inf,1"],
     "out": ["file", "file/x", "a" * 300, "", "dir.npz", "deep/er/x", "new"],
     "kl": ["closed", "sample", "x"], "explicit": ["mixture", "product", "x"],
@@ -608,6 +608,8 @@ def good_file(kind, name, root):
         if "images" in name:
             xs = rng.integers(0, 256, (6, 1, 8, 8), np.uint8), rng.random((6, 3, 8, 9))
             more = {"train_labels": np.arange(6), "test_labels": np.arange(6)}
+        if "kinds" in name:
+            xs = rng.integers(-9, 9, (6, 3)), rng.integers(0, 9, (6, 2)), np.arange(6) % 3
         if "mask" in name:
             more = {"train_mask": np.array([[1, 1], [1, 0], [0, 1]] * 2, bool)}
         path.parent.mkdir()
@@ -686,7 +688,7 @@ def read(path, kind, root):
 MUTATED = [  # the folder, which says the kind, the files, the least shares refused and read
     ("MNIST/raw", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"], 0.1, 0.02),
     ("", ["svhn.npz"], 0.5, 0),
-    ("own", ["floats.npz", "images.npz", "mask.npz"], 0.3, 0.05),
+    ("own", ["floats.npz", "images.npz", "kinds.npz", "mask.npz"], 0.3, 0.05),
     ("cub", ["features.npz"], 0.5, 0),
     ("cub", ["text_testclasses.txt"], 0.05, 0.3),
     ("cub/test/003.Auklet", ["0.jpg", "2.png"], 0.1, 0),
@@ -817,8 +819,15 @@ def test_every_result_has_its_command_and_its_whole_log():
     for out, flags in asked.items():
         args, metrics = (json.loads(page(f"{out}/{name}.json")) for name in ("args", "metrics"))
         usual = SCRIPTS[flags["script"]].parser(["--dataset", flags["dataset"]])[0].get_default
-        for key in flags.keys() - {"device", "resume"}:  # a flag may be younger than the run
-            assert args.get(key, usual(key)) == flags[key], f"{out}: {key}"
+        for key in flags.keys() - {
+            "device",
+            "resume",
+            "data",
+            "out",
+        }:  # two are paths, made absolute
+            assert args.get(key, usual(key)) == flags[key], (
+                f"{out}: {key}"
+            )  # or younger than the run
         rows = list(csv.DictReader(page(f"{out}/log.csv").splitlines()))
         assert [int(row["epoch"]) for row in rows] == [*range(1, args["epochs"] + 1)]
         assert metrics["run"] == args and metrics["epoch"] == args["epochs"]
