@@ -214,8 +214,9 @@ def sheet(columns, heading, path):
     number in each; a Path is a photo's, a string is text"""
     from PIL import Image
 
-    rows, size = len(columns[0][1]), (2.2 * len(columns), 2.2 * len(columns[0][1]))
-    figure, axes = pyplot().subplots(rows, len(columns), figsize=size, squeeze=False)
+    rows = len(columns[0][1])
+    size = dict(figsize=(2.2 * len(columns), 2.2 * rows + 0.6), layout="constrained")
+    figure, axes = pyplot().subplots(rows, len(columns), squeeze=False, **size)
     for column, (head, contents) in zip(axes.T, columns):
         column[0].set_title(head)
         for ax, content in zip(column, contents):
