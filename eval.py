@@ -381,7 +381,6 @@ def evaluate(
             say("mutual information, how real images look")
             metrics |= mutual_information(model, dataset, oracles)
     elif is_own(dataset):
-        say("every modality regenerated from itself, each other one and all")
         metrics |= npz.evaluate(model, dataset, seed)
     if dataset.train.labels is not None and dataset.test.labels is not None:
         say("a linear classifier of z")
@@ -587,14 +586,14 @@ def draw(run, dataset, oracles, folder, root, seed=0):
         rows = generations(run.model, dataset)
         if not is_own(dataset):
             drawing.page(rows, heading, path("generation"))
-    if is_own(dataset):
-        npz.draw(run, dataset, path("generation"), seed)
     if labelled:
         z, labels = latent_points(run.model, dataset)
         drawing.latent_map(z, labels, dataset.names, heading, path("latent"))
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "draw"):
         benchmark.draw(run, dataset, root, path("generation"))
+    elif is_own(dataset):
+        npz.draw(run, dataset, path("generation"), seed)
     if hasattr(benchmark, "evaluate"):  # what is measured and shown there is all its own
         return rows
     pairs = []

@@ -75,8 +75,11 @@ def hue(k):
 
 
 def canvas(images, height, width):
-    """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour."""
+    """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour, as many
+    times as large as fits."""
     x = images.clamp(0, 1).expand(-1, 3, -1, -1)
+    times = min(height // x.shape[2], width // x.shape[3])
+    x = x.repeat_interleave(times, 2).repeat_interleave(times, 3)
     tall, wide = height - x.shape[2], width - x.shape[3]
     return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=1)
 
@@ -302,6 +305,10 @@ def latent_map(z, labels, names, heading, path):
     left.legend(markerscale=2)
     left.set_title("modality")
     classes = np.unique(labels)
+    if len(classes) > 20:  # too many to be read
+        points = right.scatter(*plane.T, 8, c=labels, cmap="viridis", alpha=0.6, lw=0)
+        figure.colorbar(points, ax=right, label="label")
+        classes = ()
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(classes)))  # no modality's colour
     for one, colour in zip(classes, shades):  # a label is its own marker
         right.scatter(*plane[labels == one].T, 25, color=colour, marker=f"${one}$", lw=0, alpha=0.8)

@@ -1,7 +1,7 @@
 """A user's own arrays: how well each modality is regenerated, a page of examples, gaps filled in.
 
 Every data set that has neither oracles nor metrics of its own is judged like this; `fill` takes any
-run. What is judged, drawn and filled in is the same number, of a modality x_m, given what is shown:
+run. What is judged, drawn and filled in is the same: of a modality x_m, given what is shown,
 
     E[x_m|shown] = E_q(z|shown) E[x_m|z],    the mean over 20 draws of z
 
@@ -9,6 +9,7 @@ Shapes: N examples, B of a batch, K draws, L latent dimensions, M modalities.
 """
 
 import itertools
+import time
 import zipfile
 from collections import defaultdict
 from functools import partial
@@ -34,6 +35,10 @@ def passes(model, n, show, draws=DRAWS, seed=0):
     for index in torch.arange(n).split(BATCH):
         q = model.posterior(*show(index))
         yield index, q, q.sample((draws,))
+
+
+def batch(xs, index):
+    return [None if x is None else x[index] for x in xs]
 
 
 def sources(names):
@@ -130,12 +135,15 @@ def evaluate(model, dataset, seed=0):
             x = split.take(m, index)
             parameter = parameter_of(modality, mean).expand(len(x), *mean.shape)
             tally(source, m, x, mean.expand_as(parameter), nets.log_prob(modality, parameter, x))
-    for source, shown in sources(names).items():
-        for index, _, z in passes(model, n, lambda i: data.show(split, shown, i), seed=seed):
+    start, total = time.monotonic(), n * len(sources(names))
+    for k, (source, shown) in enumerate(sources(names).items()):
+        for index, _, z in passes(model, n, partial(data.show, split, shown), seed=seed):
             for m, (modality, decode) in enumerate(zip(model.modalities, model.decoders)):
                 parameter, x = decode(z), split.take(m, index)  # (K, B, ...), (B, ...)
                 log_p = nets.log_prob(modality, parameter, x).mean(0)
                 tally(source, m, x, nets.mean(modality, parameter).mean(0), log_p)
+            done = k * n + int(index[-1]) + 1
+            data.progress("evaluating: regenerated examples", done, len(index), total, start)
     found = {f"regenerated_{what}": {} for what in ("r2", "accuracy", "log_p")}
     for m, (modality, base) in enumerate(zip(model.modalities, split.bases)):
         section = f"regenerated_{'accuracy' if guessed(modality, base) else 'r2'}"
@@ -169,9 +177,8 @@ def draw(run, dataset, path, seed=0):
     index, standard = few(split.labels, len(split)), dataset.spec.get("standardise", {})
     xs, means = split[index], {}
     for source, shown in sources(names).items():
-        ((_, _, z),) = passes(
-            model, len(index), lambda i: data.show(split, shown, index[i]), seed=seed
-        )
+        seen = [x if shows else None for x, shows in zip(xs, shown)]
+        ((_, _, z),) = passes(model, len(index), partial(batch, seen), seed=seed)
         means[source] = [x.mean(0) for x in model.decode(z)]
     labels = {source: f"from {drawing.label(source)}" for source in means}
     hues = {label: drawing.hue(k) for k, label in enumerate(labels.values())}
@@ -224,11 +231,12 @@ def fill(model, standard, path, out, draws=None, seed=0):
     given, shown = read_new(model, standard, path)
     device, lead = next(model.parameters()).device, () if draws is None else (draws,)
     filled = {key: np.zeros((len(shown), model.latent_dim), "f4") for key in LATENT}
+    done, start = 0, time.monotonic()
     for pattern, rows in data.patterns(torch.from_numpy(shown)):
-        seen = [old.x[rows] if shows else None for old, shows in zip(given, pattern)]
-        show = partial(batch, seen, device)
-        for index, q, z in passes(model, len(rows), show, draws or DRAWS, seed):
-            at = rows[index].numpy()
+        seen = [old.x[rows].to(device) if s else None for old, s in zip(given, pattern)]
+        for index, q, z in passes(model, len(rows), partial(batch, seen), draws or DRAWS, seed):
+            at, done = rows[index].numpy(), done + len(index)
+            data.progress("rows filled in", done, len(index), len(shown), start)
             for key, value in zip(LATENT, (q.mean, q.stddev)):
                 filled[key][at] = value.cpu().numpy()
             for first, part in zip(range(0, len(z), DRAWS), z.split(DRAWS)):
@@ -243,10 +251,6 @@ def fill(model, standard, path, out, draws=None, seed=0):
                         filled[name][where] = values
     write(Path(out), filled)
     return shown
-
-
-def batch(xs, device, index):
-    return [None if x is None else x[index].to(device) for x in xs]
 
 
 def read_new(model, standard, path):

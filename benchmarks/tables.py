@@ -38,7 +38,7 @@ SECTIONS = {  # the keys of metrics.json: a column of the table, if it has one, 
     ),
     "regenerated_r2": (
         "R² {}",
-        "R² of regenerated numbers, mean over features: 1 is exact, 0 as good as their test mean",
+        "R² of regenerated numbers, mean over features, or of all pixels: 1 is exact, 0 their test mean",
     ),
     "regenerated_accuracy": (
         "right {}",
@@ -229,9 +229,10 @@ def notes(results):
         lines.append(f"Trained on the first {limit:,} examples only (--limit): {folders}.")
     for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
         lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
+    lines += npz.notes(results)
     benchmark = data.benchmark(results[0]["run"]["dataset"])
-    if hasattr(benchmark or npz, "notes"):
-        lines += (benchmark or npz).notes(results)
+    if hasattr(benchmark, "notes"):
+        lines += benchmark.notes(results)
     if any("log_likelihood" in r and r["pseudo"] for r in results):
         lines.append("Bernoulli on grey values is a pseudo-likelihood: no density of the images.")
     return lines
