@@ -9,7 +9,8 @@ preview.
 What is random, and in what: glyphs and the MNIST-SVHN pairs are fixed (whatever --seed
 says); which examples are paired depends on `pairing`'s seed alone; the order of the batches on
 their generator. Images are float32 in [0, 1], captions int64 word indices, spectra and bits float32
-in [0, 1].
+in [0, 1]. Of a user's arrays, features are float32 of mean 0 and deviation 1, counts float32,
+classes int64.
 """
 
 import argparse
@@ -966,7 +967,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         p.exit(130, f"\n{p.prog}: stopped; what is finished is kept, start again to go on\n")
     for name, base in zip(dataset.names, dataset.train.bases):
-        shape = " x ".join(map(str, base.shape[1:]))
+        shape = " x ".join(map(str, base.shape[1:])) or f"one of {int(base.max()) + 1}"
         print(f"{name}: {shape} {str(base.dtype)[6:]}, {len(base):,} to train with")
     print(f"{len(dataset.train):,} examples to train, {len(dataset.test):,} to test")
     if dataset.note:

@@ -232,9 +232,10 @@ def build(p, args, common, world, saved):
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
     given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}
-    constants = saved["spec"].get("standardise") if saved else None  # the same on any machine
-    constants = constants if args.standardise else {}
-    dataset = data.load(args.dataset, args.data, args.limit, given.get("likelihoods"), constants)
+    known = saved.get("spec", {})  # a run goes on as it began, on any machine
+    kinds = known.get("likelihoods", given.get("likelihoods"))
+    constants = known.get("standardise") if args.standardise else {}
+    dataset = data.load(args.dataset, args.data, args.limit, kinds, constants)
     asked = args.paired, args.unpaired
     if dataset.mask is not None and asked != (p.get_default("paired"), p.get_default("unpaired")):
         raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, originals, refused, same, shi, train, weights
+from helpers import MOLECULES, ROOT, SCRIPTS, originals, record, refused, same, shi, train, weights
 from PIL import Image
 from torch.distributions import Categorical, Poisson
 from torch.testing import assert_close
@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import data
 import mvae
 import nets
-from benchmarks import cub
+from benchmarks import cub, spectra
 
 RNG = np.random.default_rng(0)
 N = 40
@@ -299,6 +299,18 @@ def test_a_run_from_before_there_was_standardisation_goes_on_as_it_was(
     assert same(weights("old"), weights("whole"))
 
 
+def test_a_run_goes_on_with_the_likelihoods_that_it_began_with(tmp_path):
+    own = saved(tmp_path / "own.npz", {"x": ARRAYS["words"][0], "y": ARRAYS["bits"][0]})
+    flags = dict(dataset=own, batch_size=16, out=tmp_path / "run")
+    train("mvae", "--likelihoods", "laplace,bernoulli", **flags, epochs=1)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    args["likelihoods"] = None  # as if nothing had been asked for, before there were counts
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args))
+    train("mvae", **flags, epochs=2, resume=True)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["spec"] == args["spec"]
+    refused("mvae", "--likelihoods", "poisson,bernoulli", **flags, epochs=3, resume=True)
+
+
 def test_a_run_goes_on_with_the_constants_that_it_began_with(arrays, tmp_path):
     run, flags = tmp_path / "run", dict(dataset=arrays, batch_size=16, out=tmp_path / "run")
     train("mvae", **flags, epochs=1)
@@ -435,6 +447,20 @@ def test_a_group_is_paired_whole_or_not_at_all(unpaired):
     assert abs(len(streams[0][1]) - 100) <= 4  # as near as groups of 7 allow
     if unpaired == "split":
         assert abs(len(streams[1][1]) - len(streams[2][1])) <= 8
+
+
+def test_a_hidden_fingerprint_is_hidden_in_all_spectra_of_its_compound(tmp_path):
+    pytest.importorskip("rdkit")
+    peaks = ["57.07 100\n71.08 25", "60.1 3\n99.2 9", "61.1 3\n98.2 9"]
+    (tmp_path / "a.msp").write_text("".join(record(s, p) for p in peaks for s in MOLECULES))
+    spectra.prepare_spectra(tmp_path, tmp_path / "a.msp")
+    dataset = data.load("spectra", tmp_path)
+    assert torch.equal(dataset.groups, dataset.train.rows[1])
+    assert len(data.load("spectra", tmp_path, limit=12).groups) == 12
+    fixed = 1, dataset.mask, dataset.groups
+    (_, pairs), (_, alone) = data.pairing(15, dataset.names, 0.5, "spectrum", *fixed)
+    shown, hidden = (set(dataset.train.rows[1][index].tolist()) for index in (pairs, alone))
+    assert (len(pairs), len(alone)) == (9, 6) and not shown & hidden
 
 
 def test_groups_of_one_are_what_no_groups_are():
