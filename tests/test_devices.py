@@ -73,7 +73,9 @@ class Device(TorchDispatchMode):
         elif kwargs.get("device") is not None:
             goes_there = torch.device(kwargs["device"]).type == "meta"
             kwargs["device"] = torch.device("cpu")
-            assert not goes_there or kwargs.get("generator") is None, f"{op}: a generator of the CPU"
+            assert not goes_there or kwargs.get("generator") is None, (
+                f"{op}: a generator of the CPU"
+            )
         if op in COPIES:
             self.reads += True in sides and not goes_there
             self.writes += False in sides and goes_there
@@ -209,8 +211,9 @@ def judges(dataset):
 def both(device, call, model, dataset, judged=None):
     """call(model, dataset, judged) on the CPU and on the device, with the same noise.
     -> how often it reads there"""
-    there = copy.deepcopy(model).to("meta"), data.Dataset(
-        *(x.to("meta") if isinstance(x, data.Split) else x for x in dataset)
+    there = (
+        copy.deepcopy(model).to("meta"),
+        data.Dataset(*(x.to("meta") if isinstance(x, data.Split) else x for x in dataset)),
     )
     judged = judged or {}
     torch.manual_seed(0)
