@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Bernoulli, Independent, Laplace, MultivariateNormal, Normal
 from torch.distributions import kl_divergence
 from torch.testing import assert_close
@@ -278,42 +277,6 @@ def test_meme_of_three_with_product_has_one_prior_in_training_and_after_it():
     exactly = evidence(model, only(xs, 0), mu[0], 1 / precision[0])
     seen = model.log_likelihood(xs[0], None, None, samples=50_000, given=[None, *xs[1:]])
     assert_close(seen, exactly.expand(4), atol=0.1, rtol=0)
-
-
-# ---------------------------------------------------------------------------- a GPU that is not there
-
-SPECS = {name: {} for name in ("glyphs", "mnist-split", "mnist-split3", "mnist-svhn")}
-SPECS |= {"cub": {"vocabulary": 50}, "spectra": {"width": 0.01}}
-
-
-def fake_step(name, dataset):
-    """Fake tensors on "cuda" have a shape and a device and no values."""
-    with FakeTensorMode():
-        modalities = nets.modalities(dataset, **SPECS[dataset])
-        model = SCRIPTS[name].MODEL(modalities, 8)
-        for module in model.modules():  # as model.to("cuda"), which fake weights do not take
-            for key, weight in module._parameters.items():
-                if weight is not None:
-                    module._parameters[key] = nn.Parameter(weight.detach().to("cuda"))
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = buffer.to("cuda")
-        xs = [torch.rand(4, *m.shape, device="cuda") for m in modalities]
-        xs = [x.long() if m.likelihood == "categorical" else x for m, x in zip(modalities, xs)]
-        patterns = [xs, *(only(xs, m) for m in range(len(xs)))]
-        found = [model([(0.5, shown) for shown in patterns])]
-        for shown in patterns:
-            found += model.decode(model.posterior(*shown).sample())
-            found.append(model.log_likelihood(*shown, samples=2))
-        if name == "meme":
-            model.start_pseudo(xs)
-        assert {x.device.type for x in found} == {"cuda"}
-        assert found[0].shape == (1 + len(xs),)
-
-
-@pytest.mark.parametrize("dataset", SPECS)
-@MODELS
-def test_nothing_of_a_step_lies_on_another_device_or_reads_a_value_back(name, dataset):
-    assert ended(forked(fake_step, name, dataset)) == [0]  # a fake "cuda" is not to be forked
 
 
 # --------------------------------------------------------------------------------------------- MEME
