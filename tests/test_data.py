@@ -106,6 +106,20 @@ def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
     assert set(a.train.labels.tolist()) == set(range(10))
 
 
+def test_glyphs_have_six_hues_on_dark_opposites_that_say_nothing_of_the_digit():
+    split = glyphs(4000, seed=3)
+    x = split[torch.arange(4000)][1].flatten(2)  # (n, 3, 1024)
+    ink, paper = x.quantile(0.97, -1), x.quantile(0.03, -1)  # of each channel
+    assert paper.max() < 0.35 and ink.amax(1).min() > 0.8 and ink.amin(1).max() < 0.4
+    hue = ((ink > 0.6) * torch.tensor([1, 2, 4])).sum(1)
+    assert ((paper > 0.15) * torch.tensor([1, 2, 4])).sum(1).equal(7 - hue)
+    table = torch.zeros(10, 8).index_put_((split.labels, hue), torch.ones(4000), accumulate=True)
+    table = table[:, 1:7]
+    expected = table.sum(1, keepdim=True) * table.sum(0) / 4000
+    assert table.sum() == 4000 and table.min() > 30
+    assert ((table - expected) ** 2 / expected).sum() < 95  # 45 degrees of freedom: p < 1e-4
+
+
 def test_pairs_of_mnist_and_svhn_show_the_same_digit(small_root):
     arrays = data.read_npz(small_root / "svhn.npz")
     arrays["train_y"][arrays["train_y"] == 0] = 10  # as SVHN's own files call it
