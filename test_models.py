@@ -348,28 +348,21 @@ VAEVAES = [{}, *(dict(objective=objective, variant=variant)
                  for objective in ("svae", "vaevae") for variant in "ab")]  # fmt: skip
 
 
+EQUATIONS = pytest.mark.parametrize("count", [2, 3], ids=["eq_19_to_21", "eq_29_to_32"])
+
+
+@EQUATIONS
 @pytest.mark.parametrize("options", SVAES)
-def test_svae_of_two_is_eq_19_and_eq_20_to_21_apart(float64, options):
+def test_svae_sums_the_printed_bounds_each_drawn_to_all_that_is_printed(float64, options, count):
     options = dict(objective="svae") | options
-    holds_of_all_patterns(sum_of_bounds, "svae", 2, options, posteriors=svae_posteriors)
+    holds_of_all_patterns(sum_of_bounds, "svae", count, options, posteriors=svae_posteriors)
 
 
-@pytest.mark.parametrize("options", SVAES)
-def test_svae_of_three_is_eq_29_to_32_pairs_drawn_to_p_z_too(float64, options):
-    options = dict(objective="svae") | options
-    holds_of_all_patterns(sum_of_bounds, "svae", 3, options, posteriors=svae_posteriors)
-
-
+@EQUATIONS
 @pytest.mark.parametrize("options", VAEVAES)
-def test_vaevae_of_two_is_eq_19_and_eq_20_to_21_apart(float64, options):
+def test_vaevae_sums_the_printed_bounds_those_of_pairs_of_three_too(float64, options, count):
     options = dict(objective="vaevae") | options
-    holds_of_all_patterns(sum_of_bounds, "vaevae", 2, options, posteriors=vaevae_posteriors)
-
-
-@pytest.mark.parametrize("options", VAEVAES)
-def test_vaevae_of_three_is_eq_29_to_32_with_the_terms_of_its_pairs(float64, options):
-    options = dict(objective="vaevae") | options
-    holds_of_all_patterns(sum_of_bounds, "vaevae", 3, options, posteriors=vaevae_posteriors)
+    holds_of_all_patterns(sum_of_bounds, "vaevae", count, options, posteriors=vaevae_posteriors)
 
 
 # -------------------------------------------------------------------------------------------- MMVAE
@@ -713,63 +706,37 @@ def equals(values, exactly):
     assert values.mean().item() == pytest.approx(exactly.item(), abs=error + 1e-4)
 
 
-def test_elbos_lie_below_the_evidence_and_of_the_exact_posterior_are_it():
-    exactly = exact_model("mvae", 0, experts="exact")  # the product has the prior, once
-    for seen in subsets(range(2)):
-        xs = only(pair(20_000), *seen)
-        x = {m: xs[m][0] for m in seen}
-        equals(exactly.elbo(seen, xs, exactly.encode(xs)), evidence(exactly, x))
-        model = linear_model("mvae")
-        lies_below(model.elbo(seen, xs, model.encode(xs)), evidence(model, x))
-        model = linear_model("svae")
-        if len(seen) == 1:  # Eq. (19) is no bound
-            lies_below(model.bound(seen, xs, model.encode(xs)), evidence(model, x))
-
-
-def test_svae_conditional_term_lies_below_the_conditional_evidence():
-    model, xs = linear_model("svae"), pair(20_000)
+def test_bounds_lie_below_their_evidences():
+    xs, both = pair(4_000), {m: x[0] for m, x in enumerate(pair())}
+    for name, m in itertools.product(("mvae", "svae"), range(2)):
+        model, shows = linear_model(name), only(xs, m)
+        term = model.elbo if name == "mvae" else model.bound  # Eq. (20), (21); (19) is no bound
+        lies_below(term((m,), shows, model.encode(shows)), evidence(model, {m: both[m]}))
+    model = linear_model("meme", kl="sample", classifier_scale=1, samples=3)  # as printed
     q = model.encode(xs)
-    (mu, logvar), given = q[0, 1][0], q[1,][0]
-    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-    term = model.log_p(0, z, xs[0]) - svae.kl_normal(mu, logvar, *given)
-    lies_below(term, evidence(model, {0: xs[0][0]}, gaussians(*given)[0]))
+    lies_below(model.bound(0, xs, q), evidence(model, {0: both[0]}, gaussians(*q[1])[0]))
+    forms = [dict(objective="elbo", samples=1), dict(samples=5), dict(samples=50)]
+    models = [linear_model("mmvae", **f) for f in [*forms, dict(samples=50, tight=True)]]
+    values = [model.objective(*xs).item() for model in models]
+    assert values == sorted(values) and values[-1] < evidence(models[0], both)
 
 
-def test_svae_of_exact_posteriors_is_twice_the_joint_evidence():
-    model, xs = linear_model("svae", experts="exact"), pair(20_000)
+def test_bounds_of_exact_posteriors_are_their_evidences():
+    xs, both = pair(4_000), {m: x[0] for m, x in enumerate(pair())}
+    model = exact_model("mvae", 0, experts="exact")  # the product has the prior, once
+    equals(model.elbo((0, 1), xs, model.encode(xs)), evidence(model, both))
+    model = linear_model("svae", experts="exact")
     orthogonal(model)
     for i, j in itertools.product(range(2), repeat=2):  # p(z) is shared out: half to each expert
         exact(model.encoders[i][j], model.decoders[j] if i == j else None, 0.5)
     q = model.encode(xs)
-    bounds = sum(model.bound(subset, xs, q) for subset in q)
-    equals(bounds, 2 * evidence(model, {m: x[0] for m, x in enumerate(xs)}))  # Eq. (23)
-
-
-def test_vaevae_of_exact_posteriors_is_both_conditional_evidences():
-    model, xs = exact_model("vaevae", 1, variant="a"), pair(20_000)
-    mu, logvar = svae.product([encode(x) for encode, x in zip(model.encoders, xs)])
+    equals(sum(model.bound(s, xs, q) for s in q), 2 * evidence(model, both))  # Eq. (23)
+    model = exact_model("vaevae", 1, variant="a")
+    mu, logvar = vaevae.product([encode(x) for encode, x in zip(model.encoders, xs)])
     precision = torch.exp(-logvar) - 1  # q(z|x_1) q(z|x_2) has the prior twice
-    both = mu * torch.exp(-logvar) / precision, -precision.log()
-    singles = sum(evidence(model, {m: x[0]}) for m, x in enumerate(xs))
-    bounds = model.bound((0, 1), xs, model.encode(xs) | {(0, 1): [both]})
-    equals(bounds, 2 * evidence(model, {m: x[0] for m, x in enumerate(xs)}) - singles)
-
-
-def test_mmvae_lies_below_the_evidence_and_rises_with_samples_and_inside_one_log():
-    forms = [dict(objective="elbo", samples=1), dict(samples=5), dict(samples=50)]
-    forms.append(dict(samples=50, tight=True))
-    models = [linear_model("mmvae", **form) for form in forms]
-    values = [model.objective(*pair(5_000)).item() for model in models]
-    exactly = evidence(models[0], {m: x[0] for m, x in enumerate(pair())})
-    assert values[0] < values[1] < values[2] < values[3] < exactly
-
-
-def test_meme_as_printed_lies_below_the_conditional_evidence():
-    model, xs = linear_model("meme", kl="sample", classifier_scale=1, samples=3), pair(20_000)
-    gaussian = model.encode(xs)
-    for s, t in [(0, 1), (1, 0)]:
-        exactly = evidence(model, {s: xs[s][0]}, gaussians(*gaussian[t])[0])
-        lies_below(model.bound(s, xs, gaussian), exactly)
+    q = model.encode(xs) | {(0, 1): [(mu * torch.exp(-logvar) / precision, -precision.log())]}
+    alone = sum(evidence(model, {m: both[m]}) for m in both)  # both conditional evidences:
+    equals(model.bound((0, 1), xs, q), 2 * evidence(model, both) - alone)
 
 
 # ---------------------------------------------------------------------------- a GPU that is not there
@@ -863,30 +830,13 @@ def test_meme_s_words_are_logits_8_for_themselves():
 # ---------------------------------------------------------------------------- products and networks
 
 
-def grid_product(gaussians):
-    z = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
-    log_p = sum(Normal(m, s).log_prob(z) for m, s in gaussians)
-    p = (log_p - log_p.max()).exp()
-    mean = (p * z).sum() / p.sum()
-    return mean.item(), ((p * (z - mean) ** 2).sum() / p.sum()).sqrt().item()
-
-
-def test_products_are_those_of_a_grid_and_of_the_published_vectors():
-    experts, several = (
-        [(1.0, 0.5), (-1.0, 0.1)],
-        linear_model("meme", (3, 2, 4), explicit="product"),
-    )
-    given = [(torch.tensor([[m]]), 2 * torch.tensor([[s]]).log()) for m, s in experts]
-    for product, extra, known in [
-        (svae.product, [], (-0.923, 0.0981)),
-        (vaevae.product, [], (-0.923, 0.0981)),
-        (linear_model("mvae").product, [(0.0, 1.0)], (-0.914, 0.0976)),
-        (several.conditional_prior, [], (-0.923, 0.0981)),
-    ]:
-        mu, logvar = product(given)
-        found = mu.item(), (0.5 * logvar).exp().item()
-        assert found == pytest.approx(grid_product(experts + extra), abs=1e-4)
-        assert found == pytest.approx(known, abs=6e-4)
+def test_products_are_the_published_vectors():
+    given = [(torch.tensor([[m]]), 2 * torch.tensor([[s]]).log()) for m, s in [(1, 0.5), (-1, 0.1)]]
+    several = linear_model("meme", (3, 2, 4), explicit="product").conditional_prior
+    products = [(by, (-0.923, 0.0981)) for by in (svae.product, vaevae.product, several)]
+    for by, known in [*products, (linear_model("mvae").product, (-0.914, 0.0976))]:  # and the prior
+        mu, logvar = by(given)
+        assert (mu.item(), (0.5 * logvar).exp().item()) == pytest.approx(known, abs=6e-4)
 
 
 @pytest.mark.parametrize("script", [mvae, svae])
