@@ -298,22 +298,13 @@ def vaevae_posteriors(model, xs, variant="b", **_):
     return q
 
 
-PRIOR = "p(z)"
+PRIOR, SINGLES, PAIRS = "p(z)", [(0,), (1,), (2,)], [(0, 1), (0, 2), (1, 2)]
 DRAWN_TO = {  # the second arguments of the divergences of q(z|subset), by the number of modalities
-    2: {
-        (0, 1): [(0,), (1,)],  # Eq. (19)
-        (0,): [PRIOR],  # Eq. (20)
-        (1,): [PRIOR],  # Eq. (21)
-    },
-    3: {
-        (0, 1, 2): [(0, 1), (1, 2), (0, 2)],  # Eq. (29)
-        (0, 1): [(0,), (1,), (2,), PRIOR],  # Eq. (30)
-        (0, 2): [(0,), (1,), (2,), PRIOR],
-        (1, 2): [(0,), (1,), (2,), PRIOR],
-        (0,): [PRIOR],  # Eq. (31)
-        (1,): [PRIOR],
-        (2,): [PRIOR],
-    },
+    2: {(0, 1): SINGLES[:2]}  # Eq. (19)
+    | dict.fromkeys(SINGLES[:2], [PRIOR]),  # Eq. (20), (21)
+    3: {(0, 1, 2): PAIRS}  # Eq. (29)
+    | dict.fromkeys(PAIRS, [*SINGLES, PRIOR])  # Eq. (30)
+    | dict.fromkeys(SINGLES, [PRIOR]),  # Eq. (31)
 }
 
 
@@ -874,24 +865,6 @@ def test_parameter_counts_grow_as_figure_2_counts_them(name, trunks):
 
 
 @MODELS
-@pytest.mark.parametrize("dataset", ["glyphs", "mnist-split", "mnist-split3"])
-def test_every_pattern_trains_and_every_method_has_its_shapes(name, dataset):
-    modalities = nets.modalities(dataset)
-    model, xs = SCRIPTS[name].MODEL(modalities, 4), images(dataset, 3)
-    for shown in itertools.product([True, False], repeat=len(xs)):
-        if any(shown):
-            part = [x if seen else None for x, seen in zip(xs, shown)]
-            loss, posterior = model([(0.5, part), (1.0, part)]), model.posterior(*part)
-            assert loss.shape == (2,) and loss.isfinite().all()
-            assert posterior.batch_shape == (3,) and posterior.event_shape == (4,)
-            assert posterior.sample().isfinite().all()
-            assert model.log_likelihood(*part, samples=3).shape == (3,)
-    decoded = model.decode(model.prior().sample((5, 2)))
-    assert [tuple(x.shape) for x in decoded] == [(5, 2, *m.shape) for m in modalities]
-    assert all(0 <= x.min() and x.max() <= 1 for x in decoded)
-
-
-@MODELS
 def test_encoders_and_decoders_run_no_more_than_they_must(name):
     options, rows = ({"samples": 3} if name in ("meme", "mmvae") else {}), {}
     model = SCRIPTS[name].MODEL(nets.modalities("glyphs"), 4, **options)
@@ -967,16 +940,16 @@ def test_flags_are_the_constructor_s_arguments_and_defaults(name):
 
 
 ALL, ONE, TWO = (True, True), (True, False), (False, True)
-THREE, PAIRS = (True,) * 3, [(True, True, False), (True, False, True), (False, True, True)]
+THREE, TWOS = (True,) * 3, [(True, True, False), (True, False, True), (False, True, True)]
 UNTRAINED = [
     ("meme", dict(direction="x0"), [ALL, ONE], [ALL, TWO], "x0"),
     ("svae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("svae", dict(objective="svae"), [ALL], None, ""),
     ("vaevae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("vaevae", dict(objective="svae"), [ALL], None, ""),
-    ("vaevae", dict(objective="svae"), [THREE], PAIRS, "x0 and x1 and x2"),
-    ("vaevae", dict(objective="svae"), [THREE], PAIRS[:2], "x1 and x2"),
-    ("vaevae", dict(objective="svae", variant="a"), PAIRS, None, ""),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS, "x0 and x1 and x2"),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS[:2], "x1 and x2"),
+    ("vaevae", dict(objective="svae", variant="a"), TWOS, None, ""),
 ]
 
 
@@ -1031,7 +1004,7 @@ def test_variances_are_floored_smoothly_at_1e_6():
     mu, logvar = nets.gaussian(h.bfloat16())
     assert mu.dtype == logvar.dtype == torch.float32
     assert mu.tolist() == h[:, :2].tolist()
-    assert_close(logvar.exp(), 1e-6 + h[:, 2:].exp())
+    assert_close(logvar, (1e-6 + h[:, 2:].exp()).log())
 
 
 def test_batchnorm_takes_one_example_and_pseudo_samples_by_its_running_statistics():
@@ -1069,12 +1042,6 @@ def test_networks_are_what_they_are_called():
                    for h_m, layer in zip(h, joint.layers)], 1)  # fmt: skip
     assert h.shape == (4, 2 * 512)
     assert_close(joint(xs), nets.gaussian(joint.head(h)))
-    encode, decode = modalities[0].encoder(3), modalities[0].decoder(3)
-    assert_close(encode(xs[0]), nets.gaussian(encode.head(encode.trunk(xs[0]))))
-    z = torch.randn(5, 2, 3)
-    found = decode(z)
-    assert found.shape == (5, 2, 1, 28, 28)
-    assert_close(found[3, 1].flatten(), decode.net(z[3])[1])
     weight, words = torch.randn(7, 128), torch.randint(7, (2, 32))
     embed, logits = nets.WordEmbedding(weight), nets.WordLogits(nn.Parameter(weight))
     h = embed(words)
