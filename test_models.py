@@ -109,10 +109,8 @@ def holds(formula, model, xs, **options):
     assert next(noise, None) is None  # all of it is used
     sides = []
     for value in (objective, by_formula):
-        names, parameters = zip(*model.named_parameters())
-        gradients = torch.autograd.grad(
-            value, parameters, allow_unused=True, materialize_grads=True
-        )
+        names, of = zip(*model.named_parameters())
+        gradients = torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True)
         sides.append({"objective": value} | dict(zip(names, gradients)))
     assert_close(*sides)
 
@@ -158,7 +156,7 @@ def draw(q, eps):
     return q.base_dist.loc + q.base_dist.scale * eps
 
 
-def log_p(model, m, x, z, weighted=True):
+def log_p(model, m, x, z):
     """log p(x_m|z) of one example and one z, times the weight of its likelihood."""
     modality, parameter = model.modalities[m], model.decoders[m](z)
     density = {
@@ -166,7 +164,7 @@ def log_p(model, m, x, z, weighted=True):
         "laplace": lambda: Laplace(parameter, modality.scale),
         "bernoulli": lambda: Bernoulli(logits=parameter),
     }[modality.likelihood]()
-    return (modality.weight if weighted else 1) * density.log_prob(x).sum()
+    return modality.weight * density.log_prob(x).sum()
 
 
 def log_mean(logs):
@@ -175,6 +173,7 @@ def log_mean(logs):
 
 
 def shown(xs):
+    """The observed modalities."""
     return [m for m, x in enumerate(xs) if x is not None]
 
 
@@ -337,8 +336,6 @@ SVAES = [{}, *(dict(objective=objective, prior_expert=prior, experts=experts)
                for experts in ("exact", "bounded"))]  # fmt: skip
 VAEVAES = [{}, *(dict(objective=objective, variant=variant)
                  for objective in ("svae", "vaevae") for variant in "ab")]  # fmt: skip
-
-
 EQUATIONS = pytest.mark.parametrize("count", [2, 3], ids=["eq_19_to_21", "eq_29_to_32"])
 
 
@@ -386,9 +383,9 @@ def log_w(model, x, z, experts, prior):
 
 
 def dreg_gradient(z, log_w_held):
-    """0, with the gradient of Tucker et al., eq. (8), where v_k = w_k / Σ w: for the decoders and
-    the prior Σ_k v_k d log w_k, for the encoders Σ_k v_k² d log w_k / dz_k dz_k, whose own density
-    is held."""
+    """0, with the gradient of Tucker et al. (2019), where v_k = w_k / Σ w and the encoders' own
+    density is held: Σ_k v_k d log w_k / dθ for decoders and prior, for the encoders
+    Σ_k v_k² d log w_k / dz_k dz_k / dφ."""
     leaves = [z_k.detach().requires_grad_() for z_k in z]
     logs, total = [log_w_held(leaf) for leaf in leaves], 0
     for z_k, leaf, log, v_k in zip(z, leaves, logs, torch.stack(logs).detach().softmax(0)):
@@ -404,10 +401,8 @@ def mmvae_formula(model, xs, noise, objective="iwae", samples=10, tight=False, *
     for b in range(B):
         x, experts = {m: xs[m][b] for m in seen}, [q_r[b] for q_r in q]
         z = [[draw(experts[r], eps[r, k, b]) for k in range(samples)] for r in range(R)]
-        sets = (
-            [sum(z, [])] if tight else z
-        )  # of samples: all inside one log, or those of one expert
-        for group in sets:
+        groups = [sum(z, [])] if tight else z  # all inside one log, or one for each expert
+        for group in groups:
             logs = [log_w(model, x, z_k, experts, prior) for z_k in group]
             if objective == "elbo":
                 bound = sum(logs) / samples  # 1/R Σ_r E[ log w_r ]
@@ -417,7 +412,7 @@ def mmvae_formula(model, xs, noise, objective="iwae", samples=10, tight=False, *
                 held = [stopped(q_r) for q_r in experts]
                 of_z = partial(log_w, model, x, experts=held, prior=prior)
                 bound = bound.detach() + dreg_gradient(group, of_z)
-            total += bound / len(sets) / B
+            total += bound / len(groups) / B
     return total
 
 
@@ -529,7 +524,7 @@ FORMS += [("meme", 3, dict(explicit="product")), ("mmvae", 3, dict(posterior="la
 
 @pytest.mark.parametrize("name, count, options", FORMS)
 def test_posterior_and_prior_are_the_distributions_of_the_formulas(float64, name, count, options):
-    model, z = small_model(name, count, **options), torch.randn(3, B, L)
+    model, z = small_model(name, count, **options).requires_grad_(False), torch.randn(3, B, L)
     priors = {(): model.prior()}
     if name == "meme":
         priors |= {(s,): model.prior(s) for s in range(count)}
@@ -560,10 +555,11 @@ def test_decode_gives_the_mean_of_every_modality(float64, name):
 def test_every_likelihood_has_its_weight_and_every_stream(float64, name):
     model, z = small_model(name, 3).eval(), torch.randn(5, B, L)
     xs = batch(model)
+    assert not model.log_likelihood(*xs, samples=2).requires_grad
+    model.requires_grad_(False)
     for m in range(3):
         known = [[log_p(model, m, xs[m][b], z[k, b]) for b in range(B)] for k in range(5)]
         assert_close(model.log_p(m, z, xs[m]), torch.tensor(known))
-    assert not model.log_likelihood(*xs, samples=2).requires_grad
     streams = [(0.5, xs), (3.0, only(xs, 1))]
     known = drawn(lambda: [-weight * model.objective(*x) for weight, x in streams])
     assert_close(drawn(model, streams), torch.stack(known))
@@ -791,6 +787,11 @@ def test_meme_at_c_1_gives_the_decoder_of_t_no_gradient_unless_w_has_one(monkeyp
     assert size > 0.1 if full else size < 1e-4
 
 
+def test_log_normal_keeps_its_constants():
+    z, mu, logvar = torch.randn(3, 4, L)
+    assert_close(meme.log_normal(z, mu, logvar), meme.normal(mu, logvar).log_prob(z))
+
+
 def test_meme_starts_its_pseudo_samples_at_different_images_though_examples_share_them():
     model = linear_model("meme", pseudo_samples=4)
     model.start_pseudo([torch.full((2, 3), 7.0), torch.full((9, 2), 5.0)])
@@ -911,12 +912,14 @@ def test_dreg_is_unbiased_and_less_noisy_for_one_modality_and_biased_for_two(bia
 
 REFUSED = {
     "meme": [dict(explicit="product"), dict(explicit="x"), dict(kl="x"), dict(direction="x7"),
-             dict(samples=0), dict(pseudo_samples=2**31), dict(classifier_scale=math.nan)],
-    "mmvae": [dict(samples=-1), dict(objective="x"), dict(tight=True, objective="elbo"),
-              dict(posterior="x")],
+             dict(samples=0), dict(samples=2**31), dict(pseudo_samples=0),
+             dict(pseudo_samples=2**31), dict(classifier_scale=math.nan)],
+    "mmvae": [dict(samples=0), dict(samples=2**31), dict(objective="x"),
+              dict(tight=True, objective="elbo"), dict(posterior="x")],
     "svae": [dict(objective="x"), dict(experts="x")],
     "vaevae": [dict(objective="x"), dict(variant="x")],
-    "mvae": [dict(subsets=4), dict(subsets=4, sizes=(3, 2, 4)), dict(anneal=-1), dict(experts="x")],
+    "mvae": [dict(subsets=1), dict(subsets=-1), dict(subsets=4, sizes=(3, 2, 4)), dict(anneal=-1),
+             dict(experts="x")],
 }  # fmt: skip
 
 
@@ -925,6 +928,8 @@ def test_options_that_cannot_be_or_would_do_nothing_are_refused(name):
     for options in REFUSED[name]:
         with pytest.raises(ValueError, match=next(iter(options))):
             linear_model(name, **options)
+    if name in ("meme", "mmvae"):
+        assert linear_model(name, samples=2**31 - 1).samples == 2**31 - 1
 
 
 @MODELS
