@@ -1,12 +1,16 @@
 """CUB: photos, captions, features and their cache; word vectors, what is judged and drawn."""
 
+import itertools
+import math
 import shutil
 import tarfile
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -225,19 +229,111 @@ def test_word_vectors_of_words_in_the_same_company_are_alike():
     assert np.array_equal(vectors, cub.word_vectors(tokens, words, dim=20))
 
 
-def test_units_are_the_word_and_its_ngrams():
-    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", "beak", "a"])
+def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters():
+    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", "wings", "wing", "a"])
+    wings = ["<wi", "win", "ing", "ngs", "gs>", "<win", "wing", "ings", "ngs>"]
+    wings += ["<wing", "wings", "ings>", "<wings", "wings>", "<wings>"]
+    wing = ["<wi", "win", "ing", "ng>", "<win", "wing", "ing>", "<wing", "wing>", "<wing>"]
+    both = len(set(wings) & set(wing))
     dense = units.to_dense()
-    # <beak>: 4 of 3 letters, 3 of 4, 2 of 5, and itself; <a> is its only one
-    assert dense.sum(1).tolist() == [0, 0, 0, 10, 1] and dense.max() == 1
+    assert dense.sum(1).tolist() == [0, 0, 0, len(wings), len(wing), 1] and dense.max() == 1
+    assert (dense @ dense.T)[3:, 3:].tolist() == [[15, both, 0], [both, 10, 0], [0, 0, 1]]
+    assert dense.sum(0).min() == 1 and dense.shape[1] == len({*wings, *wing, "<a>"})
     assert torch.equal(transposed.to_dense(), dense.t())
 
 
-def test_skipgram_counts_are_those_of_the_window():
-    x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1]])
-    pairs, frequency = cub.skipgram_counts(x, 8, window=3, sample=1e9)
+def skipgram_draws(captions, n_words, window=3, draws=10, seed=0):
+    """Sentences as word2vec sees them: frequent words dropped at random. -> lists of words"""
+    words = [w for caption in captions.tolist() for w in caption if w > 2]  # 0 to 2: specials
+    count, generator = Counter(words), torch.Generator().manual_seed(seed)
+    for _ in range(draws):
+        chance = iter(torch.rand(len(words), generator=generator).tolist())
+        for caption in captions.tolist():
+            kept = []
+            for w in (w for w in caption if w > 2):
+                t = 1e-3 * len(words) / count[w]
+                if next(chance) < math.sqrt(t) + t:  # word2vec.c
+                    kept.append(w)
+            yield kept
+
+
+def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
+    x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1], [3, 0, 3, 4, 4, 3, 2, 1]])
+    pairs, frequency = cub.skipgram_counts(x.repeat(20, 1), 8)
+    expected = torch.zeros(8, 8).double()
+    for kept in skipgram_draws(x.repeat(20, 1), 8):
+        for at, distance in itertools.product(range(len(kept)), (1, 2, 3)):
+            if distance <= at:  # a window of 1, 2 or 3, each as often, reaches it
+                one, other = kept[at], kept[at - distance]
+                expected[one, other] += (4 - distance) / 3 / 10  # of 10 draws
+                expected[other, one] += (4 - distance) / 3 / 10
+    assert expected.sum() > 4 and torch.allclose(pairs, expected)
+    assert frequency.tolist() == [0, 0, 0, 80, 60, 20, 20, 20]
+    pairs, _ = cub.skipgram_counts(x[:1], 8, sample=1e9)  # all are kept
     assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
-    assert torch.equal(pairs, pairs.t()) and frequency.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_word_vectors_climb_the_skipgram_objective_with_its_negatives():
+    tokens, words = sentences(60)
+    dim, epochs, lr = 6, 3, 0.05
+    found = cub.word_vectors(tokens, words, dim=dim, epochs=epochs, lr=lr, seed=1)
+    pairs, frequency = cub.skipgram_counts(tokens, len(words), draws=epochs, seed=1)
+    noise = frequency**0.75 / (frequency**0.75).sum()
+    negatives = 5 * pairs.sum(1, keepdim=True) * noise  # five for each pair
+    units = cub.character_ngrams(words)[0].to_dense().double()
+    share = units / units.sum(1, keepdim=True).clamp(min=1)
+    generator = torch.Generator().manual_seed(1)
+    e = (2 * torch.rand(units.shape[1], dim, generator=generator).double() - 1) / dim
+    o = torch.zeros(len(words), dim).double()
+    steps = math.ceil(pairs.sum() / 4000)
+    for step in range(epochs * steps):
+        h = (share @ e).requires_grad_()
+        o.requires_grad_()
+        score = h @ o.T
+        objective = pairs * F.logsigmoid(score) + negatives * F.logsigmoid(-score)
+        grad_h, grad_o = torch.autograd.grad(objective.sum(), (h, o))
+        rate = lr * (1 - step / (epochs * steps)) / steps
+        total = pairs + negatives  # a word moves as by 4 / lr of its pairs at most
+        most_h, most_o = 4 / total.sum(1, keepdim=True), 4 / total.sum(0)[:, None]
+        e += units.T @ (grad_h * most_h.nan_to_num(0, 0, 0).clamp(max=rate))
+        o = (o + grad_o * most_o.nan_to_num(0, 0, 0).clamp(max=rate)).detach()
+    assert np.allclose(found, share @ e, atol=1e-4)
+    assert found.dtype == np.float32 and not found[:3].any()
+
+
+def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
+    """Skip-gram with negatives as it is usually written: pair by pair, word by word."""
+    rng, units = np.random.default_rng(0), cub.character_ngrams(words)[0].to_dense().numpy()
+    of = [np.flatnonzero(row) for row in units]
+    e = (2 * rng.random((units.shape[1], dim)) - 1) / dim
+    o = np.zeros((len(words), dim))
+    frequency = tokens.flatten().bincount(minlength=len(words)).double().numpy() ** 0.75
+    frequency[:3] = 0
+    bounds = np.cumsum(frequency / frequency.sum())
+    texts = list(skipgram_draws(tokens, len(words), draws=epochs))
+    for done, kept in enumerate(texts):
+        for at, width in enumerate(rng.integers(1, 4, len(kept))):
+            for other in kept[max(0, at - width) : at] + kept[at + 1 : at + width + 1]:
+                h = e[of[kept[at]]].mean(0)
+                drawn = np.append(other, np.searchsorted(bounds, rng.random(negative)))
+                is_true = np.arange(negative + 1) == 0
+                step = lr * (1 - done / len(texts)) * (is_true - 1 / (1 + np.exp(-o[drawn] @ h)))
+                step_h = step @ o[drawn]
+                np.add.at(o, drawn, step[:, None] * h)
+                e[of[kept[at]]] += step_h
+    return np.stack([e[row].mean(0) if len(row) else np.zeros(dim) for row in of])
+
+
+def test_word_vectors_lie_as_those_of_skipgram_with_five_sampled_negatives():
+    tokens, words = sentences(40)
+    options = dict(dim=8, epochs=600, lr=0.2)  # small steps, in which samples are as expected
+    found, sampled = (
+        cub.word_vectors(tokens, words, **options),
+        sampled_vectors(tokens, words, **options),
+    )
+    one, two = (x[3:] / np.linalg.norm(x[3:], axis=1, keepdims=True) for x in (found, sampled))
+    # .07 between two samples; .25 with one negative in place of five, .75 with none
+    assert np.abs(one @ one.T - two @ two.T).mean() < 0.15
 
 
 def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypatch):
@@ -264,6 +360,89 @@ def test_sentence_vectors_average_the_words_before_the_end():
     tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4]])
     x = cub.sentence_vectors(tokens, words, vectors)
     assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3])
+
+
+class Turned(nn.Module):
+    """Seen an image or a caption, it samples z, and decodes what z says; its means are nonsense."""
+
+    def __init__(self, n_words):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.n_words, self.drawn, self.seen = n_words, [], []
+
+    def posterior(self, image, caption):
+        self.seen.append(len(caption if image is None else image))
+        z = caption[:, :1] + 0.5 if image is None else image[:, :1]
+        return types.SimpleNamespace(sample=lambda: z, mean=-z)
+
+    def prior(self):
+        def sample(shape):
+            self.drawn.append(shape[0])
+            return torch.arange(shape[0])[:, None] + 100.0 * len(self.drawn)
+
+        return types.SimpleNamespace(sample=sample)
+
+    def decode(self, z):
+        says = (z.long() + torch.arange(4)) % self.n_words  # the first of four words is z's
+        return [z.repeat(1, 5), nn.functional.one_hot(says, self.n_words).float()]
+
+
+def test_each_test_pair_is_generated_the_other_way_round_from_a_sample():
+    index = torch.arange(600)
+    bases = [torch.arange(60.0)[:, None], torch.stack([(7 * index) % 11 + 3] * 4, 1)]
+    split = data.Split(bases, [index // 10, index])
+    model = Turned(n_words=70)
+    features, captions = cub.cross_generate(model, split)
+    assert torch.equal(torch.from_numpy(features), bases[1][:, :1].repeat(1, 5) + 0.5)
+    assert captions[:, 0].tolist() == (index // 10).tolist() and captions[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert model.seen == [256, 256, 256, 256, 88, 88]
+    features, captions = cub.joint_generate(model)
+    assert model.drawn == [250] * 4 and features.shape == (1000, 5) and captions.shape == (1000, 4)
+    assert (features[:, 0] % 70 == captions[:, 0]).all() and features[[0, 999], 0].tolist() == [
+        100,
+        649,
+    ]
+    assert len(cub.joint_generate(model, 7, 5)[0]) == 7 and model.drawn[4:] == [5, 2]
+
+
+def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generated(tmp_path):
+    words = [*cub.SPECIALS, *"abcdefg"]
+    rng, splits = np.random.default_rng(0), []
+    for n in (4, 2):
+        bases = [torch.from_numpy(rng.random((n, 3), "f4")), torch.randint(3, 10, (10 * n, 4))]
+        splits.append(data.Split(bases, [torch.arange(10 * n) // 10, torch.arange(10 * n)]))
+    dataset = data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
+    (tmp_path / "cub").mkdir()
+    (train_x, fit_y), found = cub.correlated(Turned(10), dataset, tmp_path)
+    vectors = cub.cached_word_vectors(tmp_path, dataset.train.bases[1], words)
+
+    def embed(tokens):
+        return cub.sentence_vectors(tokens, words, vectors)
+
+    (x, y), (test_x, test_y) = (split[torch.arange(len(split))] for split in splits)
+    assert np.array_equal(train_x, x) and np.array_equal(fit_y, embed(y))
+    features, captions = cub.cross_generate(Turned(10), dataset.test)
+    joint_x, joint_y = cub.joint_generate(Turned(10), 1000)
+    expected = {
+        "image->caption": (test_x, embed(captions)),
+        "caption->image": (features, embed(test_y)),
+        "joint": (joint_x, embed(joint_y)),
+        "truth": (test_x, embed(test_y)),
+    }
+    assert list(found) == list(expected)
+    for name, (a, b) in expected.items():
+        assert np.array_equal(found[name][0], a) and np.array_equal(found[name][1], b)
+
+
+def test_the_nearest_photo_is_the_euclidean_one():
+    features, photos = torch.randn(1100, 3), torch.randn(40, 3) * torch.tensor([1, 2, 9])
+    distances = ((features[:, None] - photos) ** 2).sum(-1)
+    assert (cub.nearest_photos(features, photos) == distances.argmin(1).numpy()).all()
 
 
 class Faithful(nn.Module):
