@@ -118,11 +118,14 @@ def test_a_split_holds_its_bases_once_and_shows_them_as_numbers():
     assert few.labels.tolist() == [5, 6] and few.bases[0] is bases[0]
     shown = data.show(split, (False, True, False), torch.tensor([0, 2]))
     assert shown[0] is None and shown[2] is None and shown[1].tolist() == [[0], [1]]
+    assert [x.tolist() for x in data.Split(iter(bases), iter(rows))[0]] == [[1], [0], [7]]
     bare = data.Split(iter(bases[::2]))
     assert len(bare) == 3 and bare.first(2).labels is None and bare.to("meta").labels is None
     assert bare[torch.tensor([2])][1].tolist() == [[9]]
     away = split.to("meta")
-    assert {t.device.type for t in (*away.bases, *away.rows, away.labels)} == {"meta"}
+    for there, here in zip((*away.bases, *away.rows, away.labels), (*bases, *rows, split.labels)):
+        assert there.device.type == "meta"
+        assert (there.shape, there.dtype) == (here.shape, here.dtype)
 
 
 def test_observed_takes_different_examples_spread_over_the_rows_of_what_is_shown():

@@ -416,33 +416,45 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
     assert sizes.count(1000) == 100 + 100  # 2^20 / (1000 * 784): one example of mnist at a time
 
 
-def test_what_likelihoods_are_asked_for_is_never_among_what_is_given():
-    dataset, asked = toy("mnist-split3", n=14), []
+def asked(**options):
+    """What a model of three bands is asked for. -> {name: (what, given)}, by initials, {name: nats}"""
+    dataset, calls = toy("mnist-split3", n=14), []
+    first = dataset.test[torch.arange(5)]
+
+    def initials(xs):
+        assert all(x is None or torch.equal(x, all_) for x, all_ in zip(xs, first))
+        return "".join(letter for letter, x in zip("TMB", xs) if x is not None)
 
     class Asked(Perfect):
         def log_likelihood(self, *xs, samples, given=None):
-            every = dataset.test[torch.arange(5)]
-            for shown in (xs, given or ()):
-                assert all(a is None or torch.equal(a, b) for a, b in zip(shown, every))
-            asked.append((pattern(xs), given and pattern(given), samples))
-            return -10.0 * len(asked) - torch.arange(5.0)
+            assert samples == 2
+            calls.append((initials(xs), given and initials(given)))
+            return -10.0 * len(calls) - torch.arange(5.0)
 
     model = Asked([x.shape[1:] for x in dataset.test.bases])
-    found = evaluation.log_likelihood(model, dataset, examples=5, samples=2)["log_likelihood"]
-    top, middle, bottom = (True, False, False), (False, True, False), (False, False, True)
-    conditional = {  # log p(x_m | all others): the prior is the posterior of the others
-        "top|middle,bottom": (top, (False, True, True), 2),
-        "middle|top,bottom": (middle, (True, False, True), 2),
-        "bottom|top,middle": (bottom, (True, True, False), 2),
-    }
-    alone = {"top": (top, None, 2), "middle": (middle, None, 2), "bottom": (bottom, None, 2)}
-    alone["top,middle,bottom"] = ((True,) * 3, None, 2)
-    assert dict(zip(found, asked, strict=True)) == alone | conditional
-    assert list(found.values()) == pytest.approx([-10 * k - 2 for k in range(1, 8)])  # the mean
-    asked.clear()
-    options = dict(examples=5, samples=2, prior=False)
-    found = evaluation.log_likelihood(model, dataset, **options)["log_likelihood"]
-    assert dict(zip(found, asked, strict=True)) == conditional
+    found = evaluation.log_likelihood(model, dataset, examples=5, samples=2, **options)
+    return dict(zip(found["log_likelihood"], calls, strict=True)), found["log_likelihood"]
+
+
+CONDITIONAL = {
+    "top|middle,bottom": ("T", "MB"),
+    "middle|top,bottom": ("M", "TB"),
+    "bottom|top,middle": ("B", "TM"),
+}
+
+
+def test_what_is_given_to_a_likelihood_never_contains_its_target():
+    found, _ = asked()
+    assert [name for name, (_, given) in found.items() if given] == list(CONDITIONAL)
+    assert not [name for name, (what, given) in found.items() if given and set(what) & set(given)]
+
+
+def test_the_prior_of_a_conditional_likelihood_is_the_posterior_of_all_others_and_else_p_z():
+    found, nats = asked()
+    alone = {"top": ("T", None), "middle": ("M", None), "bottom": ("B", None)}
+    assert found == alone | {"top,middle,bottom": ("TMB", None)} | CONDITIONAL
+    assert list(nats.values()) == pytest.approx([-10 * k - 2 for k in range(1, 8)])  # the mean
+    assert asked(prior=False)[0] == CONDITIONAL
 
 
 def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
@@ -453,7 +465,7 @@ def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
 
         def metric(*arguments, name=name):
             assert not model.training and arguments[0] is model
-            calls[name] = (*arguments[1:], torch.rand(1).item())
+            calls[name] = (*arguments[1:], torch.rand(1).item())  # of the seed
             found = {name: 0}
             judged = name.endswith(("coherence", "split_accuracy"))
             return (found, {f"{name} disputed": 1}) if judged else found
@@ -728,7 +740,7 @@ def kl_to_the_prior(some):
 
 
 @torch.no_grad()
-def test_the_gaussian_process_predicts_by_the_formula_with_its_factors_as_they_are():
+def test_the_gaussian_process_predicts_by_its_formula_with_no_factor_transposed():
     """N(k_hZ K⁻¹ L m,  k_hh - k_hZ K⁻¹ k_Zh + k_hZ K⁻¹ L S S' L' K⁻¹ k_Zh),  K = k_ZZ = L L'"""
     some, h = process(4), torch.randn(7, 3).double()
     z, s2, l2 = some.inducing, some.log_scale.exp() ** 2, some.log_length.exp() ** 2
