@@ -78,10 +78,11 @@ def test_a_mask_of_the_data_makes_its_patterns_the_streams_the_fullest_first():
         (False, True): [1],
         (True, False): [3],
     }
-    three = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 0]]).bool()
-    assert [sum(shown) for shown, _ in data.patterns(three)] == [3, 2, 1, 1]
+    every = list(itertools.product((False, True), repeat=6))[1:]
+    found = [shown for shown, _ in data.patterns(torch.tensor(every))]
+    assert found == sorted(every, key=lambda shown: -sum(shown))
     with pytest.raises(ValueError, match="example 1"):
-        data.pairing(3, AB, mask=torch.tensor([[1, 0], [0, 0], [0, 0]]).bool())
+        data.pairing(3, AB, mask=torch.tensor([[1, 0], [0, 0], [0, 1]]).bool())
 
 
 def of_sizes(*sizes):
@@ -228,6 +229,8 @@ def test_balanced_sampling_is_one_pass_over_the_largest_stream():
     sizes = [[len(xs[shown.index(True)]) for _, xs, shown in step] for step in steps]
     assert sizes == [[2, 4, 4], [2, 4, 4], [2, 2, 2]]
     assert all(weight == 1 for step in steps for weight, _, _ in step)
+    uneven = data.batches(tiny(10), of_sizes(10, 5), 4, "balanced")
+    assert [[len(xs[0]) for _, xs in step] for step in uneven] == [[4, 4], [4, 4], [2, 4]]
     seen = torch.cat([step[1][1][0] for step in steps])
     assert seen.flatten().sort()[0].tolist() == list(range(10))
 
