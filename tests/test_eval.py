@@ -46,6 +46,9 @@ def test_cca_finds_planted_correlations_whatever_the_coordinates():
     twice = np.hstack([10 * x, x[:, ::-1]])  # half of its directions have no variance
     other = evaluation.cca(twice, y, k=3, ridge=0)
     assert np.allclose(other.correlations, fit.correlations, atol=1e-6)
+    for units in 1e-7, 1e7:
+        other = evaluation.cca(units * twice, y / units, k=3, ridge=0)
+        assert np.allclose(other.correlations, fit.correlations, atol=1e-6)
 
 
 def test_cca_by_default_has_40_pairs_and_a_ridge_of_a_thousandth_of_the_mean_variance():
@@ -163,12 +166,27 @@ def test_the_gradient_of_the_default_logistic_regression_vanishes():
     assert not evaluation.logistic_regression(z, y, 4, tolerance=9).any()  # no step, W = 0
 
 
-@pytest.mark.parametrize("l2", [1e-4, 1e-8])
-def test_logistic_regression_converges_on_separable_classes(l2):
-    z = np.repeat(np.arange(4.0), 50)[:, None] + np.tile([0, 0.1], 100)[:, None]
+@pytest.mark.parametrize("l2, width", [(1e-4, 0.1), (1e-8, 0.1), (1e-12, 0.99)])
+def test_logistic_regression_converges_on_separable_classes(l2, width):
+    z = np.repeat(np.arange(4.0), 50)[:, None] + np.tile([0, width], 100)[:, None]
     y = np.repeat(np.arange(4), 50)
     w = evaluation.logistic_regression(z, y, 4, l2=l2)
     assert ((z @ w[:-1] + w[-1]).argmax(1) == y).all()
+
+
+def test_the_probe_scales_test_samples_by_training_s_and_penalises_by_a_ten_thousandth(monkeypatch):
+    given, w = [], np.array([[1.0, 0], [0, 1], [0, 0], [0.3, 0]])
+    monkeypatch.setattr(evaluation, "logistic_regression", lambda *xs: given.append(xs) or w)
+    rng = np.random.default_rng(0)
+    z, test_z = rng.standard_normal((50, 3)) * [3, 4, 0] + 5, rng.standard_normal((40, 3)) + 6
+    y = np.where(rng.random(50) < 0.5, 3, 7)  # any labels
+    found = evaluation.linear_probe(z.tolist(), y, test_z.tolist(), [3] * 20 + [7] * 20)
+    ((scaled, index, classes, l2),) = given
+    std = z.std(0) + [0, 0, 1]  # the third does not vary
+    assert np.allclose(scaled, (z - z.mean(0)) / std) and classes == 2 and l2 == 1e-4
+    assert (np.array([3, 7])[index] == y).all()
+    a, b = ((test_z - z.mean(0)) / std)[:, :2].T
+    assert found == (np.where(a + 0.3 >= b, 3, 7) == [3] * 20 + [7] * 20).mean()
 
 
 def test_linear_probe_is_accurate_on_blobs_and_at_chance_on_noise():
