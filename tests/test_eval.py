@@ -624,12 +624,13 @@ def test_an_oracle_reads_its_members_mean_and_tells_where_they_differ():
 
     oracle = oracles.Oracle(1)
     assert len(oracle.members) == 3
-    # the mean (.42, .43, .15) is for the second digit, the mean of the logs for the third
-    one, other, third = [0.6, 0.2, 0.2], [0.06, 0.89, 0.05], [0.6, 0.2, 0.2]
-    say = [[one, one, one], [other, one, one], [third, third, [0.1, 0.1, 0.8]]]
+    # of the first example: the mean (.53, .46, .01) says 0, the mean of logs and the last say 1
+    sure, other = [0.79, 0.2, 0.01], [0.02, 0.97, 0.01]
+    say = [[sure, sure, sure, other], [sure, sure, [0.79, 0.01, 0.2], other]]
+    say.append([other, sure, sure, [0.1, 0.1, 0.8]])
     oracle.members = nn.ModuleList(map(Says, say))
     digits, disputed = oracle(None)
-    assert digits.tolist() == [1, 0, 0] and disputed.tolist() == [True, False, True]
+    assert digits.tolist() == [0, 0, 0, 1] and disputed.tolist() == [True, False, False, True]
 
 
 def test_a_classifier_sees_one_contrast_through_three_convolutions():
@@ -649,17 +650,19 @@ def test_a_classifier_sees_one_contrast_through_three_convolutions():
     dropout, linear = net.head
     assert torch.allclose(net.features(x), h.flatten(1)) and dropout.p == 0.3
     assert torch.allclose(net(x), h.flatten(1) @ linear.weight.T + linear.bias)
+    assert net(x).shape == (3, 10)
     large = torch.rand(1, 2, 48, 48).double()
     ninths = net.trunk[:9]((large - large.mean()) / (large.std() + 0.05))[0].unfold(1, 2, 2)
     ninths = ninths.unfold(2, 2, 2).amax((3, 4))
     assert torch.allclose(net.features(large)[0], ninths.flatten())
 
 
-def test_worn_images_are_mixed_with_grey_blurred_faded_noisy_and_shifted():
+@pytest.mark.parametrize("seed", range(8))  # of various shifts
+def test_worn_images_are_mixed_with_grey_blurred_faded_noisy_and_shifted(seed):
     x = torch.rand(4, 3, 9, 7)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     found = oracles.worn(x)
-    torch.manual_seed(5)  # the same draws, used image by image
+    torch.manual_seed(seed)  # the same draws, used image by image
     order, keep, sigma = torch.randperm(3), torch.rand(4), 0.1 + 2.3 * torch.rand(4)
     fade, loud, noise = 0.2 + 0.8 * torch.rand(4), 0.1 * torch.rand(4), torch.randn(4, 3, 9, 7)
     top, left = torch.randint(5, (2,)) - 2
@@ -803,15 +806,15 @@ def test_information_is_the_entropy_of_the_mean_less_the_mean_entropy():
     oracle, x = oracles.Oracle(1).eval(), torch.rand(5, 1, 28, 28)
     oracle.process.mean.normal_()
     h = oracle.members[0].features(x)
-    oracle.process.inducing.copy_(h[:1] + 9 * torch.randn(100, 576))
-    oracle.process.log_length.fill_(4)
+    oracle.process.inducing.copy_(h[torch.arange(100) % 4] + torch.randn(100, 576))
+    oracle.process.log_length.fill_(3)
     torch.manual_seed(1)
     found = oracle.information(x)
     torch.manual_seed(1)
     mean, std = oracle.process(h)
     p = (mean + std * torch.randn(100, 5, 10)).softmax(-1)
     expected = Categorical(p.mean(0)).entropy() - Categorical(p).entropy().mean(0)
-    assert torch.allclose(found, expected, atol=1e-5) and found.min() > 0.1
+    assert torch.allclose(found, expected, atol=1e-5) and found.max() > found.min() + 0.1
 
 
 def test_the_process_is_fitted_from_training_features_by_adam_on_its_elbo():
