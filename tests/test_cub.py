@@ -273,32 +273,37 @@ def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
     assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
 
 
-def test_word_vectors_climb_the_skipgram_objective_with_its_negatives():
+def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(monkeypatch):
+    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j), m_ij = 5 (Σ_k n_ik) p_j, p_j ∝ frequency^.75"""
     tokens, words = sentences(60)
-    dim, epochs, lr = 6, 3, 0.05
-    found = cub.word_vectors(tokens, words, dim=dim, epochs=epochs, lr=lr, seed=1)
-    pairs, frequency = cub.skipgram_counts(tokens, len(words), draws=epochs, seed=1)
-    noise = frequency**0.75 / (frequency**0.75).sum()
-    negatives = 5 * pairs.sum(1, keepdim=True) * noise  # five for each pair
+    v, rng, asked = len(words), np.random.default_rng(0), []
+    often = np.concatenate([[0, 0, 0], np.logspace(0, 2, v - 3)])
+    n = torch.from_numpy(np.outer(often, often) * rng.random((v, v)))
+    n, frequency = 9000 * (n + n.T) / (n + n.T).sum(), torch.from_numpy(rng.permutation(often) + 1)
+    frequency[:3] = 0
+
+    def counts(captions, n_words, window, draws, seed):
+        asked.append((captions is tokens, n_words, window, draws, seed))
+        return n, frequency
+
+    monkeypatch.setattr(cub, "skipgram_counts", counts)
+    found = cub.word_vectors(tokens, words)
+    assert asked == [(True, v, 3, 10, 0)] and found.dtype == np.float32 and not found[:3].any()
+    m = 5 * n.sum(1, keepdim=True) * frequency**0.75 / (frequency**0.75).sum()
     units = cub.character_ngrams(words)[0].to_dense().double()
     share = units / units.sum(1, keepdim=True).clamp(min=1)
-    generator = torch.Generator().manual_seed(1)
-    e = (2 * torch.rand(units.shape[1], dim, generator=generator).double() - 1) / dim
-    o = torch.zeros(len(words), dim).double()
-    steps = math.ceil(pairs.sum() / 4000)
-    for step in range(epochs * steps):
-        h = (share @ e).requires_grad_()
-        o.requires_grad_()
-        score = h @ o.T
-        objective = pairs * F.logsigmoid(score) + negatives * F.logsigmoid(-score)
+    generator = torch.Generator().manual_seed(0)
+    e = (2 * torch.rand(units.shape[1], 300, generator=generator).double() - 1) / 300
+    o = torch.zeros(v, 300).double()
+    for step in range(10 * 3):  # 10 epochs, steps of up to 4,000 pairs
+        h, o = (share @ e).requires_grad_(), o.detach().requires_grad_()
+        objective = n * F.logsigmoid(h @ o.T) + m * F.logsigmoid(-h @ o.T)
         grad_h, grad_o = torch.autograd.grad(objective.sum(), (h, o))
-        rate = lr * (1 - step / (epochs * steps)) / steps
-        total = pairs + negatives  # a word moves as by 4 / lr of its pairs at most
-        most_h, most_o = 4 / total.sum(1, keepdim=True), 4 / total.sum(0)[:, None]
-        e += units.T @ (grad_h * most_h.nan_to_num(0, 0, 0).clamp(max=rate))
-        o = (o + grad_o * most_o.nan_to_num(0, 0, 0).clamp(max=rate)).detach()
-    assert np.allclose(found, share @ e, atol=1e-4)
-    assert found.dtype == np.float32 and not found[:3].any()
+        rate = 0.025 * (1 - step / 30) / 3
+        # as by 160 pairs at most; every unit of a word takes the whole step
+        e += units.T @ (grad_h * (4 / (n + m).sum(1)[:, None]).clamp(max=rate))
+        o = o + grad_o * (4 / (n + m).sum(0)[:, None]).clamp(max=rate)
+    assert np.abs(found).max() > 0.1 and np.allclose(found, share @ e, atol=1e-4)
 
 
 def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
