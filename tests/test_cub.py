@@ -30,6 +30,7 @@ def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
     assert x[0].tolist() == [0, 3, 2] + [1] * 29
     assert x[1].tolist() == [4] * 31 + [2]
     assert cub.caption_text(x[0], words) == "<exc> bird"
+    assert cub.caption_text([4, 3], words) == "owl bird"  # without an end
 
 
 @pytest.mark.parametrize("layout", [shi, originals])
@@ -229,20 +230,26 @@ def test_word_vectors_of_words_in_the_same_company_are_alike():
     assert np.array_equal(vectors, cub.word_vectors(tokens, words, dim=20))
 
 
-def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters():
-    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", "wings", "wing", "a"])
-    wings = ["<wi", "win", "ing", "ngs", "gs>", "<win", "wing", "ings", "ngs>"]
-    wings += ["<wing", "wings", "ings>", "<wings", "wings>", "<wings>"]
-    wing = ["<wi", "win", "ing", "ng>", "<win", "wing", "ing>", "<wing", "wing>", "<wing>"]
-    both = len(set(wings) & set(wing))
-    dense = units.to_dense()
-    assert dense.sum(1).tolist() == [0, 0, 0, len(wings), len(wing), 1] and dense.max() == 1
-    assert (dense @ dense.T)[3:, 3:].tolist() == [[15, both, 0], [both, 10, 0], [0, 0, 1]]
-    assert dense.sum(0).min() == 1 and dense.shape[1] == len({*wings, *wing, "<a>"})
-    assert torch.equal(transposed.to_dense(), dense.t())
+def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters_numbered_as_they_occur():
+    grams = {
+        "wing": "<wing> <wi <win <wing ing ing> ng> win wing wing>",
+        "a": "<a>",
+        "feathers": "<feathers> <fe <fea <feat <feath ath athe ather athers eat eath eathe eather "
+        "ers ers> fea feat feath feathe hers hers> her rs> the ther thers thers>",
+    }
+    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", *grams])
+    expected, index = torch.zeros(6, 10 + 1 + 27), {}
+    for row, text in enumerate(grams.values(), 3):
+        whole, *others = text.split()
+        for gram in (whole, *sorted(others)):
+            expected[row, index.setdefault(gram, len(index))] = 1
+    assert torch.equal(units.to_dense(), expected)
+    assert torch.equal(transposed.to_dense(), expected.t())
+    shared = cub.character_ngrams(["wing", "wings"])[0].to_dense()
+    assert (shared @ shared.T).tolist() == [[10, 6], [6, 15]]  # <wi <win <wing win wing ing
 
 
-def skipgram_draws(captions, n_words, window=3, draws=10, seed=0):
+def skipgram_draws(captions, draws=10, seed=0):
     """Sentences as word2vec sees them: frequent words dropped at random. -> lists of words"""
     words = [w for caption in captions.tolist() for w in caption if w > 2]  # 0 to 2: specials
     count, generator = Counter(words), torch.Generator().manual_seed(seed)
@@ -259,16 +266,16 @@ def skipgram_draws(captions, n_words, window=3, draws=10, seed=0):
 
 def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
     x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1], [3, 0, 3, 4, 4, 3, 2, 1]])
-    pairs, frequency = cub.skipgram_counts(x.repeat(20, 1), 8)
-    expected = torch.zeros(8, 8).double()
-    for kept in skipgram_draws(x.repeat(20, 1), 8):
+    pairs, frequency = cub.skipgram_counts(x.repeat(20, 1), 9)
+    expected = torch.zeros(9, 9).double()
+    for kept in skipgram_draws(x.repeat(20, 1)):
         for at, distance in itertools.product(range(len(kept)), (1, 2, 3)):
             if distance <= at:  # a window of 1, 2 or 3, each as often, reaches it
                 one, other = kept[at], kept[at - distance]
                 expected[one, other] += (4 - distance) / 3 / 10  # of 10 draws
                 expected[other, one] += (4 - distance) / 3 / 10
     assert expected.sum() > 4 and torch.allclose(pairs, expected)
-    assert frequency.tolist() == [0, 0, 0, 80, 60, 20, 20, 20]
+    assert frequency.tolist() == [0, 0, 0, 80, 60, 20, 20, 20, 0]
     pairs, _ = cub.skipgram_counts(x[:1], 8, sample=1e9)  # all are kept
     assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
 
@@ -315,7 +322,7 @@ def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
     frequency = tokens.flatten().bincount(minlength=len(words)).double().numpy() ** 0.75
     frequency[:3] = 0
     bounds = np.cumsum(frequency / frequency.sum())
-    texts = list(skipgram_draws(tokens, len(words), draws=epochs))
+    texts = list(skipgram_draws(tokens, draws=epochs))
     for done, kept in enumerate(texts):
         for at, width in enumerate(rng.integers(1, 4, len(kept))):
             for other in kept[max(0, at - width) : at] + kept[at + 1 : at + width + 1]:

@@ -121,6 +121,8 @@ def test_w2_agrees_with_matrix_square_roots_and_broadcasts():
     assert np.isclose(evaluation.w2(m1, std1, m2, std2), full)
     assert evaluation.w2(m1, std1, m1, std1) == 0
     assert np.isclose(evaluation.w2(m1, std1, m1 + 3, std1), 6)  # m1 - m2: a shift by 3 in 4-d
+    line = np.outer(m1, m1)  # of rank 1: rounding may leave eigenvalues below 0
+    assert evaluation.w2(m2, line, m2, line) == pytest.approx(0, abs=1e-6)
     means, covariances = np.stack([m1, m2]), np.stack([s1, s2])
     d = evaluation.w2(means[:, None], covariances[:, None], means, covariances)
     assert d.shape == (2, 2) and np.allclose(d, d.T) and np.allclose(np.diag(d), 0, atol=1e-5)
@@ -309,18 +311,24 @@ def test_joint_coherence_entropy_and_dispute_are_those_of_the_samples_of_the_pri
     entropy = -(0.6 * math.log(0.6) + 2 * 0.2 * math.log(0.2))  # of 3/5, 1/5, 1/5
     assert metrics["joint_entropy"] == pytest.approx(entropy)
     assert disputed == {"joint_coherence": 4 / 8}  # svhn shows 2 four times, mnist 4 two of them
-    never = Cycles([(1, 4, 4)] * 2, lambda m, digit: digit + m)
-    never.done = 0
-    metrics, _ = evaluation.joint_coherence(never, toy(), oracles, samples=600)
-    assert metrics == {"joint_coherence": 0, "joint_entropy": 0} and never.done == 600
+    for agree, share in (-1, 0), (3, 1 / 8):  # on nothing; on one of eight samples
+        model = Cycles([(1, 4, 4)] * 2, lambda m, digit: digit + m * (digit != agree))
+        model.done = 0
+        metrics, _ = evaluation.joint_coherence(model, toy(), oracles, samples=8)
+        assert metrics == {"joint_coherence": share, "joint_entropy": 0} and model.done == 8
 
 
 def test_mutual_information_is_the_mean_over_the_first_images_generated_from_samples():
+    class Doubled(Reader):
+        def information(self, x):
+            return 2 * super().information(x)
+
     dataset, model = toy(n=2004), Sampled([(1, 4, 4)] * 2, flipped)
-    found = evaluation.mutual_information(model, dataset, READERS)["mutual_information"]
+    oracles = {"mnist": Reader(), "svhn": Doubled()}
+    found = evaluation.mutual_information(model, dataset, oracles)["mutual_information"]
     grey = dataset.test.labels[:1000].double().mean().item() * 25 / 255  # Reader.information
     other = 9 * 25 / 255 - grey
-    expected = {"mnist": grey, "mnist->svhn": other, "svhn->mnist": grey, "svhn": other}
+    expected = {"mnist": grey, "mnist->svhn": 2 * other, "svhn->mnist": grey, "svhn": 2 * other}
     assert found == pytest.approx(expected, rel=1e-4)
     assert model.asked == [((True, False), 1000), ((False, True), 1000)]
 
@@ -332,19 +340,19 @@ def test_latent_accuracy_is_of_samples_and_not_of_means():
 
 def test_the_probe_is_fitted_on_every_training_image_once_and_tested_on_all_examples(monkeypatch):
     dataset, given = toy(n=40), []
-    twice = torch.cat([torch.arange(39), torch.arange(39)])
-    train = dataset.train
-    train = data.Split(train.bases, [twice, twice.flip(0)], train.labels[twice])
-    train.labels[39:] = train.labels[:39].flip(0)
-    monkeypatch.setattr(evaluation, "linear_probe", lambda *xs: given.append(xs) or len(given))
+    rows = torch.cat([torch.randperm(39), torch.randperm(39)])  # every image twice
+    train = data.Split(dataset.train.bases, [rows, rows], dataset.train.labels[rows])
     mask = torch.ones(78, 2, dtype=torch.bool)
     mask[:30, 1] = False
-    found = evaluation.latent_accuracy(Sampled(SHAPES), dataset._replace(train=train, mask=mask))
-    assert found == {"latent_accuracy": {"mnist": 1, "svhn": 2}}
-    for (train_z, train_y, test_z, test_y), n in zip(given, (39, 9)):
-        assert train_z.shape == (n, 2) and train_y.shape == (n,) and len(test_z) == 20
-        assert np.allclose(test_z[:, 0], test_y) and (test_y == dataset.test.labels.numpy()).all()
-    assert np.allclose(given[0][0][:, 0], given[0][1])
+    dataset = dataset._replace(train=train, mask=mask)
+    monkeypatch.setattr(evaluation, "linear_probe", lambda *xs: given.append(xs) or len(given))
+    model = Sampled(SHAPES)
+    assert evaluation.latent_accuracy(model, dataset)["latent_accuracy"] == {"mnist": 1, "svhn": 2}
+    first, second = (True, False), (False, True)
+    assert model.asked == [(first, 39), (first, 20), (second, 9), (second, 20)]
+    for train_z, train_y, test_z, test_y in given:
+        assert np.allclose(train_z[:, 0], train_y) and np.allclose(test_z[:, 0], test_y)
+        assert (test_y == dataset.test.labels.numpy()).all()
 
 
 def test_latent_points_are_samples_of_one_modality_after_the_other_with_their_labels():
@@ -434,10 +442,10 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
     assert sizes.count(1000) == 100 + 100  # 2^20 / (1000 * 784): one example of mnist at a time
 
 
-def asked(**options):
+def asked(examples=5, **options):
     """What a model of three bands is asked for. -> {name: (what, given)}, by initials, {name: nats}"""
     dataset, calls = toy("mnist-split3", n=14), []
-    first = dataset.test[torch.arange(5)]
+    first = dataset.test[torch.arange(min(examples, 7))]
 
     def initials(xs):
         assert all(x is None or torch.equal(x, all_) for x, all_ in zip(xs, first))
@@ -447,10 +455,10 @@ def asked(**options):
         def log_likelihood(self, *xs, samples, given=None):
             assert samples == 2
             calls.append((initials(xs), given and initials(given)))
-            return -10.0 * len(calls) - torch.arange(5.0)
+            return -10.0 * len(calls) - torch.arange(len(first[0])).float()
 
     model = Asked([x.shape[1:] for x in dataset.test.bases])
-    found = evaluation.log_likelihood(model, dataset, examples=5, samples=2, **options)
+    found = evaluation.log_likelihood(model, dataset, examples, samples=2, **options)
     return dict(zip(found["log_likelihood"], calls, strict=True)), found["log_likelihood"]
 
 
@@ -473,6 +481,7 @@ def test_the_prior_of_a_conditional_likelihood_is_the_posterior_of_all_others_an
     assert found == alone | {"top,middle,bottom": ("TMB", None)} | CONDITIONAL
     assert list(nats.values()) == pytest.approx([-10 * k - 2 for k in range(1, 8)])  # the mean
     assert asked(prior=False)[0] == CONDITIONAL
+    assert asked(examples=99)[1]["top"] == -10 - 3  # of all seven
 
 
 def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
@@ -699,6 +708,44 @@ def test_what_needs_a_prior_is_left_out_where_it_was_not_trained(paired, unpaire
     metrics = evaluation.evaluate(model, toy(n=20), READERS, examples=5, samples=2, prior=trained)
     assert ("joint_coherence" in metrics) == trained == ("mnist" in metrics["log_likelihood"])
     assert "mnist|svhn" in metrics["log_likelihood"] and "cross_coherence" in metrics
+
+
+def test_the_members_of_an_oracle_are_trained_one_by_one_on_draws_of_worn_images(monkeypatch):
+    class Tiny(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(channels, 10))
+
+        def features(self, x):
+            return x.mean((2, 3))
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    split, fits = toy(n=300).train, []
+    monkeypatch.setattr(oracles, "Classifier", Tiny)
+    monkeypatch.setattr(oracles, "worn", lambda x: x + torch.rand(len(x), 3, 1, 1))
+    monkeypatch.setattr(oracles.GaussianProcess, "fit", lambda self, *xs: fits.append(xs))
+    view = oracles.each(("mnist", "svhn"))["svhn"]
+    found = oracles.train_oracle(split, view, steps=9)
+    torch.manual_seed(0)
+    replayed = oracles.Oracle(3)
+    for member in replayed.members:
+        optimizer = torch.optim.AdamW(member.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=9)
+        for _ in range(9):
+            index = torch.randint(300, (128,))
+            optimizer.zero_grad()
+            logits = member(split.take(1, index) + torch.rand(128, 3, 1, 1))
+            F.cross_entropy(logits, split.labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    for key, value in replayed.state_dict().items():
+        assert torch.allclose(found.state_dict()[key], value, atol=1e-6)
+    assert not found.training
+    ((h, y, steps),) = fits  # the process on features of unworn images, each once
+    assert steps == 9 and torch.equal(y.sort()[0], split.labels.sort()[0])
+    assert h.shape == (300, 3) and torch.allclose(h[:, 0] * 255 / 25, y.float(), atol=1e-3)
 
 
 def test_an_oracle_is_kept_and_made_anew_when_the_images_change(tmp_path):
