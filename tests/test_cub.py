@@ -369,9 +369,9 @@ def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypa
 def test_sentence_vectors_average_the_words_before_the_end():
     words = ["<exc>", "<pad>", "<eos>", "red", "blue"]
     vectors = np.array([[9.0], [9], [9], [1], [3]])
-    tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4]])
+    tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4], [4, 2, 1, 1]])
     x = cub.sentence_vectors(tokens, words, vectors)
-    assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3])
+    assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3, 3])
 
 
 class Turned(nn.Module):
@@ -384,7 +384,7 @@ class Turned(nn.Module):
 
     def posterior(self, image, caption):
         self.seen.append(len(caption if image is None else image))
-        z = caption[:, :1] + 0.5 if image is None else image[:, :1]
+        z = caption[:, :1] + 20.0 if image is None else image[:, :1]
         return types.SimpleNamespace(sample=lambda: z, mean=-z)
 
     def prior(self):
@@ -405,7 +405,7 @@ def test_each_test_pair_is_generated_the_other_way_round_from_a_sample():
     split = data.Split(bases, [index // 10, index])
     model = Turned(n_words=70)
     features, captions = cub.cross_generate(model, split)
-    assert torch.equal(torch.from_numpy(features), bases[1][:, :1].repeat(1, 5) + 0.5)
+    assert torch.equal(torch.from_numpy(features), bases[1][:, :1].repeat(1, 5) + 20.0)
     assert captions[:, 0].tolist() == (index // 10).tolist() and captions[0].tolist() == [
         0,
         1,
@@ -430,7 +430,7 @@ def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generate
         splits.append(data.Split(bases, [torch.arange(10 * n) // 10, torch.arange(10 * n)]))
     dataset = data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
     (tmp_path / "cub").mkdir()
-    (train_x, fit_y), found = cub.correlated(Turned(10), dataset, tmp_path)
+    (train_x, fit_y), found = cub.correlated(Turned(10), dataset, tmp_path, samples=7)
     vectors = cub.cached_word_vectors(tmp_path, dataset.train.bases[1], words)
 
     def embed(tokens):
@@ -439,7 +439,7 @@ def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generate
     (x, y), (test_x, test_y) = (split[torch.arange(len(split))] for split in splits)
     assert np.array_equal(train_x, x) and np.array_equal(fit_y, embed(y))
     features, captions = cub.cross_generate(Turned(10), dataset.test)
-    joint_x, joint_y = cub.joint_generate(Turned(10), 1000)
+    joint_x, joint_y = cub.joint_generate(Turned(10), 7)
     expected = {
         "image->caption": (test_x, embed(captions)),
         "caption->image": (features, embed(test_y)),
@@ -454,7 +454,8 @@ def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generate
 def test_the_nearest_photo_is_the_euclidean_one():
     features, photos = torch.randn(1100, 3), torch.randn(40, 3) * torch.tensor([1, 2, 9])
     distances = ((features[:, None] - photos) ** 2).sum(-1)
-    assert (cub.nearest_photos(features, photos) == distances.argmin(1).numpy()).all()
+    found = cub.nearest_photos(features.numpy(), photos.numpy())
+    assert (found == distances.argmin(1).numpy()).all()
 
 
 class Faithful(nn.Module):
