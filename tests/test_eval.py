@@ -363,6 +363,7 @@ def test_latent_points_are_samples_of_one_modality_after_the_other_with_their_la
     expected = dataset.test.labels[:1000].repeat(2)
     assert np.allclose(z[:, 0], expected) and (labels == expected.numpy()).all()
     assert len(evaluation.latent_points(model, dataset, n=3)[0]) == 6
+    assert len(evaluation.latent_points(model, toy(n=40), n=30)[0]) == 2 * 20
 
 
 def test_relatedness_is_w2_from_the_first_modality_s_posterior_to_the_second_s():
@@ -374,11 +375,15 @@ def test_relatedness_is_w2_from_the_first_modality_s_posterior_to_the_second_s()
             mean = super().posterior(*xs).mean * (1, 3)[m]
             return Independent(Normal(mean, torch.full_like(mean, m + 1.0)), 1)
 
-    dataset = toy(n=1100)
-    d, index = evaluation.distances(Wide(SHAPES), dataset.test, 0, 1)
-    assert d.shape == (500, 500) and len(index.unique()) == 500 and index[:9].diff().min() < 0
-    digit = dataset.test.labels[index].numpy()
-    expected = np.sqrt((digit[:, None] - 3 * digit) ** 2 + 2 * (1 - 2) ** 2)
+    bases = toy(n=1100).test.bases
+    split = data.Split(bases, [torch.randperm(1100) // 2, torch.randperm(1100) // 2])
+    d, index = evaluation.distances(Wide(SHAPES), split, 0, 1)
+    assert d.shape == (500, 500) and index[:9].diff().min() < 0
+    assert (
+        len(split.rows[0][index].unique()) == 500
+    )  # different images of the first, any of the second
+    a, b = (x.mean((1, 2, 3)).numpy() * 255 / 25 for x in split[index])
+    expected = np.sqrt((a[:, None] - 3 * b) ** 2 + 2 * (1 - 2) ** 2)
     assert np.allclose(d, expected, atol=1e-3)
 
 
