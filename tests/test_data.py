@@ -15,18 +15,6 @@ from benchmarks.glyphs import glyphs
 from helpers import MOLECULES, archive, offline, record, shi, tiny
 
 AB = "a", "b"
-EXTRA = {"split": [250, 250], "b": [500], "all": [1000, 1000], "rest": [500, 500], "none": []}
-
-
-@pytest.mark.parametrize("unpaired", EXTRA)
-def test_pairing_counts(unpaired):
-    streams, again, other = (data.pairing(1000, AB, 0.5, unpaired, seed=k) for k in (1, 1, 2))
-    assert [len(index) for _, index in streams] == [500, *EXTRA[unpaired]]
-    assert streams[0][0] == (True, True) and all(sum(mask) == 1 for mask, _ in streams[1:])
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(streams, again))
-    assert not torch.equal(streams[0][1], other[0][1])
-    rest = torch.cat([index for _, index in streams[1:]] or [torch.empty(0)])
-    assert torch.isin(rest, streams[0][1]).any() == (unpaired == "all")
 
 
 def test_who_is_paired_is_drawn_at_random_and_the_rest_is_shared_out():
@@ -233,13 +221,6 @@ def test_balanced_sampling_is_one_pass_over_the_largest_stream():
     assert [[len(xs[0]) for _, xs in step] for step in uneven] == [[4, 4], [4, 4], [2, 4]]
     seen = torch.cat([step[1][1][0] for step in steps])
     assert seen.flatten().sort()[0].tolist() == list(range(10))
-
-
-def test_what_a_mask_hides_is_never_read():
-    hidden = data.Split([torch.zeros(4, 1), torch.full((4, 1), math.nan)])
-    for step in data.batches(hidden, [((True, False), torch.arange(4))], 2):
-        for _, xs in step:
-            assert xs[1] is None and xs[0].isfinite().all()
 
 
 def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
