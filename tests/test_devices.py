@@ -128,6 +128,7 @@ OPTIONS += [
     ("mvae", "mnist-split3", dict(subsets=2, anneal=3, experts="exact")),
 ]
 CASES = pytest.mark.parametrize("name, dataset, options", OPTIONS)
+MODELS = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def built(name, dataset, options, n=2):
@@ -167,37 +168,47 @@ def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(name, dataset, o
     assert device.reads == device.writes == 0
 
 
-SMALL = [(name, {}) for name in SCRIPTS]
-SMALL += [pytest.param(*case, marks=pytest.mark.slow) for case in [
+COMPILED = [pytest.param(*case, marks=pytest.mark.slow) for case in [
     ("meme", dict(kl="sample", full_gradient=True)), ("meme", dict(direction="colour")),
     ("svae", dict(objective="vaevae", prior_expert=True, experts="exact")),
     ("vaevae", dict(objective="svae", variant="a")), ("mvae", dict(experts="exact", anneal=3)),
     ("mmvae", dict(objective="elbo", posterior="laplace")), ("mmvae", dict(objective="dreg")),
     ("mmvae", dict(objective="dreg", tight=True)), ("mmvae", dict(tight=True)),
+    *((name, {}) for name in SCRIPTS),
 ]]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, options", SMALL)
-def test_a_compiled_step_is_one_graph_and_one_more_for_a_last_batch_that_is_smaller(name, options):
+def compiled(model, batches):
+    """How many graphs torch.compile makes of the steps; its losses are those without it."""
     torch.compiler.reset()
-    model, xs, masks = built(name, "glyphs", options, n=5)
-    masks, graphs = masks[-2:], []  # the second modality alone, both
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph
 
-    net = torch.compile(model, backend=backend, fullgraph=True)
-    for n in (5, 5, 3, 5, 4):
-        few = [x[:n] for x in xs]
-        assert torch.equal(losses(net, few, masks), losses(model, few, masks))
-    assert len(graphs) == 2
+    net = torch.compile(model, backend=backend, fullgraph=True)  # an error if it has to be cut
+    for xs, masks in batches:
+        assert torch.equal(losses(net, xs, masks), losses(model, xs, masks))
+    return len(graphs)
+
+
+@MODELS
+def test_a_step_is_compiled_to_one_graph(name):
+    model, xs, masks = built(name, "glyphs", {})
+    assert compiled(model, [(xs, masks[-1:])] * 2) == 1
+
+
+@pytest.mark.parametrize("name, options", COMPILED)
+def test_a_smaller_last_batch_is_compiled_once_more_and_no_other(name, options):
+    model, xs, masks = built(name, "glyphs", options, n=5)
+    assert compiled(model, [([x[:n] for x in xs], masks) for n in (5, 5, 3, 5, 4)]) == 2
 
 
 # ------------------------------------------------------------------------------------------ the loop
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@MODELS
 def test_from_the_first_batch_of_an_epoch_to_the_last_nothing_waits(
     name, arrays, tmp_path, device, monkeypatch
 ):
@@ -222,6 +233,12 @@ def test_from_the_first_batch_of_an_epoch_to_the_last_nothing_waits(
     assert len(found) > 5 and len(set(found)) == 1
     assert len(state["log"]) == 1  # with the objective and nats, which are read
     assert {type(w) for w in model.state_dict().values()} == {There}
+
+
+def test_observed_examples_lie_where_their_split_does(device):
+    split, streams = toy(n=40).train, data.pairing(40, ("mnist", "svhn"), 0.5)
+    pairs = [data.observed(s, streams, 5) for s in (split, split.to("meta"))]
+    assert all(torch.equal(a, b.held) for a, b in zip(*pairs))
 
 
 # --------------------------------------------------------------------------------------- the metrics
