@@ -747,9 +747,13 @@ def test_meme_at_c_1_gives_the_decoder_of_t_no_gradient_unless_w_has_one(monkeyp
     assert size > 0.1 if full else size < 1e-4
 
 
-def test_log_normal_keeps_its_constants():
+def test_densities_keep_the_constants_that_cancel_in_objectives():
     z, mu, logvar = torch.randn(3, 4, L)
     assert_close(meme.log_normal(z, mu, logvar), meme.normal(mu, logvar).log_prob(z))
+    for posterior in ("normal", "laplace"):
+        model = small_model("mmvae", 2, posterior=posterior)
+        known = model.distribution(mu, logvar).log_prob(z)
+        assert_close(model.log_density(z, mu, logvar), known)
 
 
 def test_meme_starts_its_pseudo_samples_at_different_images_though_examples_share_them():
