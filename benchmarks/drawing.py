@@ -78,10 +78,15 @@ def canvas(images, height, width):
     """Grey or coloured images (n, C, H, W) in the middle of height x width, in colour, as many
     times as large as fits."""
     x = images.clamp(0, 1).expand(-1, 3, -1, -1)
-    times = min(height // x.shape[2], width // x.shape[3])
-    x = x.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    n = times(x, height, width)
+    x = x.repeat_interleave(n, 2).repeat_interleave(n, 3)
     tall, wide = height - x.shape[2], width - x.shape[3]
     return F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=1)
+
+
+def times(images, height, width):
+    """How many times as large as they are images (n, C, H, W) fit into height x width."""
+    return min(height // images.shape[2], width // images.shape[3])
 
 
 def page(rows, heading, path, read=None):
@@ -98,7 +103,8 @@ def page(rows, heading, path, read=None):
     tiles = F.pad(tiles, (0, margin), value=1)
     grid = make_grid(tiles, nrow=columns, pad_value=1).permute(1, 2, 0).cpu()
     down, across = height + 2, width + margin + 2
-    inches = max(0.014, SMALLEST / DPI / min(height, width))  # of a pixel of an image
+    least = min(min(images.shape[2:]) * times(images, height, width) for _, images in rows)
+    inches = SMALLEST / DPI / max(least, min(height, width) / 2)  # of a pixel of an image
     size = inches * grid.shape[1] + 1.3, inches * grid.shape[0] + 0.4
     figure, ax = pyplot().subplots(figsize=size)
     ax.imshow(grid.numpy())

@@ -66,11 +66,11 @@ def misses(modality, base, mean, x):
     return ((mean.double() - x.double()) ** 2).sum(0)
 
 
-def score(modality, base, missed, spread):
-    """The share of right guesses, or R²: missed is what `misses` sums up over the examples of a
-    base, spread the same of their own mean."""
+def score(modality, base, n, missed, spread):
+    """The share of right guesses, or R²: missed is what `misses` sums up over n examples, spread
+    the same of their own mean."""
     if guessed(modality, base):
-        return 1 - missed.mean().item() / len(base)
+        return 1 - missed.mean().item() / n
     if base.ndim == 4:  # an image has one R², of all its pixels
         return 1 - (missed.sum() / spread.sum()).item()
     varies = spread > 0
@@ -151,7 +151,7 @@ def evaluate(model, dataset, seed=0):
         for source in (names[m], *others, NOTHING):
             share = missed[source, m], missed[ITSELF, m]
             key = f"{source}->{names[m]}"
-            found[section][key] = score(modality, base, *share)
+            found[section][key] = score(modality, base, n, *share)
             found["regenerated_log_p"][key] = nats[source, m] / n
     return {section: numbers for section, numbers in found.items() if numbers}
 

@@ -136,6 +136,16 @@ def test_what_is_regenerated_is_scored_by_the_definitions(tmp_path):
         assert nats[f"training mean->{name}"] == pytest.approx(log_p, rel=1e-3)
 
 
+def test_examples_may_share_what_a_base_holds_once(tmp_path):
+    own, dataset = loaded(brief(tmp_path, kept=("floats", "bits"))[0])
+    rows = [torch.arange(60), torch.arange(60) % 7]
+    shared = data.Split([base[: 60 - 53 * m] for m, base in enumerate(dataset.test.bases)], rows)
+    whole = data.Split([base[row] for base, row in zip(dataset.test.bases, rows)])
+    found = [npz.evaluate(own.model, dataset._replace(test=test)) for test in (shared, whole)]
+    assert found[0] == found[1]
+    assert 0 <= min(found[0]["regenerated_accuracy"].values())
+
+
 def test_a_planted_linear_relation_is_found_as_least_squares_finds_it(tmp_path):
     rng = np.random.default_rng(0)
     weights, arrays = rng.normal(size=(4, 3)), {}
