@@ -183,7 +183,9 @@ def test_the_probe_scales_test_samples_by_training_s_and_penalises_by_a_ten_thou
     z, test_z = rng.standard_normal((50, 3)) * [3, 4, 0] + 5, rng.standard_normal((40, 3)) + 6
     y = np.where(rng.random(50) < 0.5, 3, 7)  # any labels
     found = evaluation.linear_probe(z.tolist(), y, test_z.tolist(), [3] * 20 + [7] * 20)
-    ((scaled, index, classes, l2),) = given
+    evaluation.linear_probe(z, y, test_z, test_z[:, 0], l2=0.5)
+    (scaled, index, classes, l2), second = given
+    assert second[3] == 0.5
     std = z.std(0) + [0, 0, 1]  # the third does not vary
     assert np.allclose(scaled, (z - z.mean(0)) / std) and classes == 2 and l2 == 1e-4
     assert (np.array([3, 7])[index] == y).all()
