@@ -1,4 +1,5 @@
 """Metrics, tables and figures of trained models. `python eval.py runs/a runs/b --figures figures`
+evaluates; `python eval.py runs/a --fill new.npz --out filled.npz` fills in what new examples lack.
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
     linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of samples
@@ -7,13 +8,13 @@
 These are numpy on arrays and know nothing of what follows them: the evaluation of run folders on
 their test split. There z is one sample of the posterior per example (--seed fixes it) and the
 decoded mean is judged by an oracle, classifiers of the real images, whose own test accuracy stands
-under every table. Metrics and figures that one data set alone has are in its file in benchmarks/.
+under every table. Metrics and figures that one data set alone has are in its file in benchmarks/,
+those of a user's own arrays, and the filling in, in benchmarks/npz.py.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes.
 [meme] is Joy et al., ICLR 2022; [poe] is "In Defense of Product-of-Experts".
 """
 
-import argparse
 import importlib
 import itertools
 import json
@@ -28,8 +29,9 @@ from torch import nn
 
 import data
 import nets
-from benchmarks import drawing
+from benchmarks import drawing, npz
 from benchmarks.oracles import each, load_oracle
+from benchmarks.tables import columns, grouped, listing, paper_row, row_names, setting, table
 
 # -------------------------------------------------------------------- numpy: arrays in, numbers out
 
@@ -243,17 +245,16 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
     of which any image is.
     -> metrics, and like them the shares in dispute
     """
-    agreed, disputed = [], 0
+    parts = []
     for part in torch.arange(samples).split(500):
         means = model.decode(model.prior().sample((len(part),)))
-        read, doubt = readings(means, dataset, oracles)
-        agreed.append(read[0][(read == read[0]).all(0)])
-        disputed += doubt.any(0).sum().item()
-    agreed = torch.cat(agreed)
+        parts.append(readings(means, dataset, oracles))
+    read, doubt = (torch.cat(found, 1) for found in zip(*parts))  # (views, samples)
+    agreed = read[0][(read == read[0]).all(0)]
     frequency = agreed.bincount().double() / max(1, len(agreed))
     entropy = torch.special.entr(frequency).sum().item()
     metrics = {"joint_coherence": len(agreed) / samples, "joint_entropy": entropy}
-    return metrics, {"joint_coherence": disputed / samples}
+    return metrics, {"joint_coherence": doubt.any(0).double().mean().item()}
 
 
 @torch.no_grad()
@@ -353,18 +354,22 @@ def evaluate(
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; prior:
     whether p(z) is trained, else what needs it is left out. "disputed" holds the shares of images
-    on which the members of an oracle disagree, by the names of the metrics.
+    on which the members of an oracle disagree, by the names of the metrics. What is under way is
+    said on stderr.
     """
     torch.manual_seed(seed)
     model.eval()
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "evaluate"):
+        say("what its benchmark measures")
         return benchmark.evaluate(model, dataset, root, seed)
     if hasattr(benchmark, "correlated"):
+        say("correlations of what is generated")
         pairs, judged = benchmark.correlated(model, dataset, root)
         return correlations(pairs, {k: v for k, v in judged.items() if prior or k != "joint"})
     metrics = {}
     if oracles:
+        say("what the oracles read in generated images")
         judge = split_accuracy if in_parts(dataset) else coherence
         metrics, disputed = judge(model, dataset, oracles)
         if judge is coherence and prior:
@@ -372,12 +377,27 @@ def evaluate(
             metrics, disputed = metrics | joint, disputed | doubt
         metrics["disputed"] = disputed
         if judge is coherence:
+            say("mutual information, how real images look")
             metrics |= mutual_information(model, dataset, oracles)
+    elif is_own(dataset):
+        metrics |= npz.evaluate(model, dataset, seed)
     if dataset.train.labels is not None and dataset.test.labels is not None:
+        say("a linear classifier of z")
         metrics |= latent_accuracy(model, dataset)
     if examples:
+        say(f"log-likelihoods of {examples:,} examples, {samples:,} samples of z each")
         metrics |= log_likelihood(model, dataset, examples, samples, prior)
     return metrics
+
+
+def say(what):
+    print(f"evaluating: {what} ...", file=sys.stderr)
+
+
+def is_own(dataset):
+    """Whether a data set has neither oracles nor metrics of its own: a user's arrays, say."""
+    benchmark = data.benchmark(dataset.name)
+    return not any(hasattr(benchmark, hook) for hook in ("views", "evaluate", "correlated"))
 
 
 # ---------------------------------------------------------------------------- what figures show
@@ -385,15 +405,15 @@ def evaluate(
 
 @torch.no_grad()
 def generations(model, dataset):
-    """A column per digit, and per modality shown the rows input, generated from itself, generated
-    in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
+    """A column per label, of ten at most, and per modality shown the rows input, generated from
+    itself, generated in the others: [meme] Figs. 3, 11-17. -> list of (label, images (n, C, H, W))
 
     Split images: two rows per subset of the parts, what is shown and the image regenerated from
     it: [poe] Figs. 3, 4.
     """
     split, names, rows = dataset.test, dataset.names, []
     labels = split.labels.tolist()
-    index = torch.tensor([labels.index(digit) for digit in sorted(set(labels))])
+    index = torch.tensor([labels.index(label) for label in sorted(set(labels))[:10]])
     xs = split[index]
     for name, shown in subsets(names).items():
         means = model.decode(model.posterior(*data.show(split, shown, index)).sample())
@@ -477,6 +497,7 @@ def gradient_ratios(model, xs, draws=30):
 
 
 SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
+HOW = "train one, as with `python meme.py`, and name the folder that it prints"
 REQUIRED = dict(script=str, model=str, dataset=str, data=str, spec=dict, latent_dim=int)
 REQUIRED |= dict(options=dict, paired=(int, float), unpaired=str, epochs=int, seed=int)
 
@@ -493,7 +514,8 @@ def load_run(folder, device="cpu"):
     """The trained model of a run folder. ValueError, in a sentence, when it is not whole."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no run folder {folder}")
+        beside = [path for path in folder.parent.glob("*") if path.is_dir()]
+        raise ValueError(f"there is no run folder {folder}: {data.nearest(folder, beside, HOW)}")
     for name in ("args.json", "checkpoint.pt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no run folder, or was never trained: it has no {name}")
@@ -523,155 +545,18 @@ def load_run(folder, device="cpu"):
         raise ValueError(f"{folder} cannot be loaded: {reason}") from None
 
 
-SECTIONS = {  # the keys of metrics.json: how a column of the table is called
-    "cross_coherence": "{}",
-    "self_coherence": "self {}",
-    "joint_coherence": "joint",
-    "joint_entropy": "joint entropy",
-    "accuracy": "{}",
-    "latent_accuracy": "latent {}",
-    "mutual_information": "MI {}",
-    "correlation": "corr. {}",
-    "rank": "{}",
-    "bits": "bit {}",
-    "log_likelihood": "log p({})",
-}
-
-
-def columns(metrics):
-    """metrics.json as the columns of a table, in order. -> {title: number}"""
-    found = {}
-    for section, title in SECTIONS.items():
-        value = metrics.get(section, {})
-        for key, score in (value if isinstance(value, dict) else {"": value}).items():
-            key = key.replace("->", "→").replace("|", "\\|")  # a bar would end the column
-            found[title.format(key)] = math.nan if score is None else score
-    return found
-
-
-def setting(result):
-    """What two runs in one row of a table share: all but the seed and where it ran. -> dict"""
-    free = ("seed", "out", "data", "device", "amp", "compile", "resume")
-    run = {k: v for k, v in result["run"].items() if k not in free}
-    return run | run["options"] | {"epoch": result["epoch"]}
-
-
-def grouped(results):
-    """Lists of results of the same setting, which differ in the seed alone."""
-    groups = {}
-    for result in results:
-        key = json.dumps(setting(result), sort_keys=True)
-        groups.setdefault(key, []).append(result)
-    return list(groups.values())
-
-
-def row_names(groups, shown=("paired", "unpaired", "epoch")):
-    """The model of each group and the flags in which a model's groups differ: MEME kl=sample.
-
-    shown: the flags that are told elsewhere, in columns of their own.
-    """
-    shown = {*shown, "epochs", "spec", "options", "examples", "note"}
-    settings, names = [setting(group[0]) for group in groups], []
-    for own in settings:
-        rivals = [other for other in settings if other["model"] == own["model"]]
-        flags = [k for k in own if k not in shown and own[k] not in (None, False)]
-        flags = [k for k in flags if any(rival.get(k) != own[k] for rival in rivals)]
-        names.append(" ".join([own["model"], *(f"{k}={own[k]}" for k in flags)]))
-    return names
-
-
-def paper_name(run):
-    """What the papers call a run's model. None: they have no such model."""
-    model, options = run["model"], run["options"]
-    others = ("variant", "a"), ("prior_expert", True), ("objective", "elbo"), ("kl", "sample")
-    if options.get("direction") or any(options.get(k) == value for k, value in others):
-        return None
-    if options.get("posterior") == "laplace":
-        return f"{model}, Laplace"
-    star = {"SVAE": "vaevae", "VAEVAE": "svae"}.get(model)
-    return model + "*" * (options.get("objective", "") == star)
-
-
-def paper_row(run, titles):
-    """What the papers report for the setting of a run, in the columns of its table; [] if nothing.
-
-    With every pair complete `unpaired` does not count, and the first of what they give is taken.
-    """
-    cells, name = {}, paper_name(run)
-    rows = getattr(data.benchmark(run["dataset"]), "PAPER", ())
-    for dataset, model, unpaired, column, numbers in rows:
-        series = dict(zip((1, 1 / 2, 1 / 4, 1 / 8, 1 / 16), numbers.split()))
-        same = run["paired"] == 1 or unpaired == run["unpaired"]
-        if (dataset, model) == (run["dataset"], name) and same and run["paired"] in series:
-            cells.setdefault(column, series[run["paired"]].replace(".", "0.", 1))
-    shown = [cells.get(t, "") for t in titles]
-    head = [f"{name}, paper", f"{run['paired']:g}", "", "", "", ""]
-    return head + shown if any(shown) else []
-
-
-def number(values):
-    """Mean ± standard deviation of the runs' values, nats with one digit, shares with three."""
-    values = [v for v in values if math.isfinite(v)]
-    if not values:
-        return "–"
-    digits = 1 if max(abs(v) for v in values) >= 10 else 3
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
-def table(results, paper=False):
-    """Markdown: for each data set one table, a row for the runs of a setting, over their seeds."""
-    lines = []
-    for name in dict.fromkeys(r["data"] for r in results):
-        chosen = [r for r in results if r["data"] == name]
-        groups = grouped(chosen)
-        titles = list(dict.fromkeys(t for r in chosen for t in columns(r)))
-        head = ["model", "paired", "unpaired", "epochs", "seeds", "minutes", *titles]
-        lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-        for model, group in zip(row_names(groups), groups):
-            run, cells = group[0]["run"], [columns(r) for r in group]
-            epoch, epochs = group[0]["epoch"], str(run["epochs"])
-            epochs = epochs if epoch == run["epochs"] else f"{epoch} of {epochs}"
-            minutes = f"{np.mean([r['minutes'] for r in group]):.1f}"
-            seeds = len({r["run"]["seed"] for r in group})
-            row = [model, f"{run['paired']:g}", run["unpaired"], epochs, seeds, minutes]
-            disputed = [columns(r.get("disputed", {})) for r in group]
-            for t in titles:
-                cell = number([c.get(t, math.nan) for c in cells])
-                shares = [d[t] for d in disputed if t in d]
-                row.append(f"{cell} ({np.mean(shares):.1%})" if shares else cell)
-            lines.append("| " + " | ".join(map(str, row)) + " |")
-            if paper and (row := paper_row(run, titles)):
-                row[0] += " (other data)" if ":" in name or run.get("limit") else ""
-                lines.append("| " + " | ".join(row) + " |")
-        lines += ["", *notes(chosen), ""]
-    return "\n".join(lines)
-
-
-def notes(results):
-    """What has to be known to read a table of these results. -> list of lines"""
-    lines = []
-    if oracle := results[0].get("oracle"):
-        accuracy = ", ".join(f"{view} {share:.3f}" for view, share in oracle.items())
-        lines.append(f"Test accuracy of the oracles: {accuracy}.")
-    if shares := [columns(r["disputed"]) for r in results if r.get("disputed")]:
-        lines.append("In brackets: the share of the judged images on which the oracles disagree.")
-        if doubt := sorted({t for found in shares for t, share in found.items() if share > 0.05}):
-            lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
-    if any(not r.get("prior", True) for r in results):
-        lines.append("MEME's p(z), of pseudo-samples, is trained by single modalities: left out.")
-    limited = [r for r in results if r["run"].get("limit")]
-    for limit in sorted({r["run"]["limit"] for r in limited}):
-        folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)
-        lines.append(f"Trained on the first {limit:,} examples only (--limit): {folders}.")
-    for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
-        lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
-    benchmark = data.benchmark(results[0]["run"]["dataset"])
-    if hasattr(benchmark, "notes"):
-        lines += benchmark.notes(results)
-    if any("log_likelihood" in r and r["pseudo"] for r in results):
-        lines.append("Bernoulli on grey values is a pseudo-likelihood: no density of the images.")
-    return lines
+def read_metrics(folder):
+    """metrics.json of a run folder, as `measure` makes it. ValueError when it is not whole."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text())
+        whole = all(isinstance(found["run"].get(k), kind) for k, kind in REQUIRED.items())
+        whole = whole and {"data", "epoch", "minutes", "samples", "examples", "pseudo"} <= {*found}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder / 'metrics.json'} is damaged: evaluate the run again")
+    print(f"{folder} has no checkpoint: shown from its metrics.json", file=sys.stderr)
+    return found | {"folder": str(folder)}
 
 
 # ------------------------------------------------------------------------------- figures of runs
@@ -684,31 +569,38 @@ def draw(run, dataset, oracles, folder, root, seed=0):
     heading, rows = drawing.title(run), []
 
     def path(what):
-        return folder / f"{run.folder.resolve().name}-{what}.png"
+        found = folder / f"{run.folder.resolve().name}-{what}.png"
+        print(f"drawing {found} ...", file=sys.stderr)
+        return found
 
     images = all(len(b.shape) == 4 and b.shape[1] in (1, 3) for b in dataset.test.bases)
+    labelled = dataset.test.labels is not None
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
         above = f"{heading} · samples of p(z)"
         if not has_prior(run.model, run.args, dataset):
             above += "\n(of pseudo-samples, which whole pairs do not train)"
         drawing.page(joint, above, path("joint"), read)
-    if dataset.test.labels is not None:
-        if images:
-            rows = generations(run.model, dataset)
+    if images and labelled:
+        rows = generations(run.model, dataset)
+        if not is_own(dataset):
             drawing.page(rows, heading, path("generation"))
+    if labelled:
         z, labels = latent_points(run.model, dataset)
         drawing.latent_map(z, labels, dataset.names, heading, path("latent"))
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "draw"):
         benchmark.draw(run, dataset, root, path("generation"))
+    elif is_own(dataset):
+        npz.draw(run, dataset, path("generation"), seed)
     if hasattr(benchmark, "evaluate"):  # what is measured and shown there is all its own
         return rows
-    d, index = distances(run.model, dataset.test, 0, 1)
-    labels = np.arange(len(d))  # related is the same label, or, without labels, the same example
-    if dataset.test.labels is not None:
-        labels = dataset.test.labels[index].cpu().numpy()
-    drawing.relatedness(d, labels, dataset.names[:2], heading, path("relatedness"))
+    pairs = []
+    for a, b in itertools.combinations(range(len(dataset.names)), 2):
+        d, index = distances(run.model, dataset.test, a, b)
+        same = dataset.test.labels[index].cpu().numpy() if labelled else np.arange(len(d))
+        pairs.append(((dataset.names[a], dataset.names[b]), d, same))
+    drawing.relatedness(pairs, heading, path("relatedness"))
     if hasattr(run.model, "full_gradient"):
         xs = dataset.test[torch.arange(min(64, len(dataset.test)))]
         drawing.gradient_histogram(gradient_ratios(run.model, xs), heading, path("gradient"))
@@ -724,11 +616,12 @@ def draw_models(results, pages, folder):
         found = [r for r in results if r["run"]["dataset"] == name and pages.get(r["folder"])]
         most = max(r["run"]["paired"] for r in found)
         groups = grouped(r for r in found if r["run"]["paired"] == most)
+        of = "masked" if drawing.is_masked(groups[0][0]["run"]) else f"f = {most:g}"
         firsts = [min(group, key=lambda r: r["run"]["seed"])["folder"] for group in groups]
         rows = dict(zip(row_names(groups, ["paired"]), (pages[folder] for folder in firsts)))
         if len(rows) > 1:
             path = folder / f"{Path(name).stem}-models.png"
-            drawing.page(drawing.side_by_side(rows), f"{name} · f = {most:g}", path)
+            drawing.page(drawing.side_by_side(rows), f"{Path(name).name} · {of}", path)
 
 
 def curves(results, folder, against="paired"):
@@ -740,11 +633,16 @@ def curves(results, folder, against="paired"):
     """
     flag = against.replace("_", "-")
     axis = "the paired fraction f" if against == "paired" else flag
+    if against == "paired":
+        results = [r for r in results if not drawing.is_masked(r["run"])]
     for name in dict.fromkeys(r["run"]["dataset"] for r in results):
         groups = grouped(r for r in results if r["run"]["dataset"] == name)
         values = [value for g in groups if (value := setting(g[0]).get(against)) is not None]
         if not values or not all(isinstance(value, int | float) for value in values):
-            raise ValueError(f"--against {against}: no flag of these runs with numbers as values")
+            own = [k for k, v in setting(groups[0][0]).items() if isinstance(v, int | float)]
+            near = data.nearest(against, own, f"they have {', '.join(own)}")
+            what = f"--against {against}: no flag of these runs with numbers as values"
+            raise ValueError(f"{what}: {near}")
         if len(set(values)) > 1:
             lines, stem = lines_of(groups, against), Path(name).stem
             drawing.curves(lines, f"{stem} · against {axis}", folder / f"{stem}-{flag}.png")
@@ -789,10 +687,11 @@ def compare(results, folder):
 # -------------------------------------------------------------------------- python eval.py runs/...
 
 
-def prepare(name, root, device):
-    """A data set on the device, with its oracles.
+def prepare(name, root, device, spec):
+    """A data set as a run of this spec saw it, on the device, with its oracles.
     -> Dataset, {view: Oracle}, {view: test accuracy}"""
-    dataset = data.load(name, root)
+    constants = spec.get("standardise", {})
+    dataset = data.load(name, root, likelihoods=spec.get("likelihoods"), constants=constants)
     dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
     found = {}
     if hasattr(data.benchmark(name), "views"):
@@ -809,14 +708,16 @@ def grey_bernoulli(model, dataset):
 
 def measure(run, dataset, oracles, accuracies, root, args):
     """What metrics.json of a run holds. ValueError if it was trained on other data. -> dict"""
-    fits = [run.args["spec"].get(k) == dataset.spec.get(k) for k in ("shapes", "vocabulary")]
+    kinds = ("shapes", "vocabulary", "classes")
+    fits = [run.args["spec"].get(k) == dataset.spec.get(k) for k in kinds]
+    fits.append([m.name for m in run.model.modalities] == list(dataset.names))
     if not all(fits) or run.args.get("note", "") != dataset.note:
         raise ValueError(f"{run.folder} was trained on other data than {dataset.name} holds now")
     print(f"evaluating {run.folder} ...", file=sys.stderr)
     examples = len(dataset.test) if args.full else min(100, len(dataset.test))
     examples = 0 if args.no_likelihoods else examples
-    prior = has_prior(run.model, run.args, dataset)
-    options = examples, args.samples, args.seed, root, prior
+    samples, prior = args.samples or SAMPLES, has_prior(run.model, run.args, dataset)
+    options = examples, samples, args.seed, root, prior
     return evaluate(run.model, dataset, oracles, *options) | {
         "prior": prior,
         "oracle": accuracies,
@@ -825,7 +726,7 @@ def measure(run, dataset, oracles, accuracies, root, args):
         "folder": str(run.folder),
         "epoch": run.epoch,
         "minutes": run.minutes,
-        "samples": args.samples,
+        "samples": samples,
         "examples": examples,
         "pseudo": grey_bernoulli(run.model, dataset),
     }
@@ -839,21 +740,57 @@ def finite(value):
 
 
 def parser(usual):
-    p = argparse.ArgumentParser(
-        description="Evaluate runs: writes metrics.json into each, prints a table, draws figures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    p = data.Parser(
+        "Measures what trained models do with test examples, or has one fill in what new ones lack.",
+        "runs/RUN [runs/RUN ...] [--figures DIR] [options]",
+        TERMS,
     )
-    p.add_argument("runs", nargs="+", help="run folders")
-    p.add_argument("--figures", metavar="DIR", type=Path, help="draw the figures into this folder")
-    p.add_argument("--data", metavar="DIR", help="folder of the data sets, if not that of the run")
-    p.add_argument("--seed", type=int, default=0, help="of the latent samples")
-    p.add_argument("--samples", type=data.at_least(1), default=1000, help="K of the likelihoods")
-    p.add_argument("--full", action="store_true", help="likelihoods of all test examples, not 100")
-    p.add_argument("--no-likelihoods", action="store_true", help="leave them out: they are slow")
-    p.add_argument("--paper", action="store_true", help="the papers' numbers in the table, too")
-    p.add_argument("--against", default="paired", help="the flag on the curves' x-axis")
-    p.add_argument("--device", default=usual, choices=["cuda", "cpu"])
+    flag = p.add_argument
+    flag("runs", nargs="+", help="folders of runs, as the training scripts print them")
+    flag("--figures", metavar="DIR", type=Path, help="draw what is measured, into this folder")
+    flag("--data", metavar="DIR", help="folder of the data sets, if it is not that of the training")
+    flag("--seed", type=data.at_least(0), default=0, help="fixes the random draws of z")
+    what = f"draws of z for each log-likelihood (default: {SAMPLES:,}); with --fill: see below"
+    flag("--samples", metavar="N", type=data.at_least(1), help=what)
+    flag("--full", action="store_true", help="log-likelihoods of all test examples, not of 100")
+    flag("--no-likelihoods", action="store_true", help="no log-likelihoods, which take longest")
+    flag("--paper", action="store_true", help="beside ours, what the two papers report")
+    flag("--against", metavar="FLAG", default="paired", help="x-axis of the curves: see below")
+    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to compute")
+    group = p.add_argument_group("to fill in what new examples lack, instead of measuring")
+    group.add_argument("--fill", metavar="NEW.npz", help="the new examples: see below")
+    group.add_argument("--out", metavar="FILLED.npz", help="file to write")
     return p
+
+
+SAMPLES = 1000  # K of a log-likelihood
+TERMS = """\
+z is a model's latent variable, q(z|x) its encoder, a distribution over z given what is shown of an
+example, p(x|z) its decoder. Test examples are those that the data set keeps back from training.
+
+Measuring writes metrics.json into the folder of each run. Of one run every metric is printed with its
+meaning; of several a table, in Markdown, a row for all runs that differ in --seed alone. A folder
+without a checkpoint is shown from its metrics.json. --figures draws test examples beside what is
+generated from them, and where their z lie; of several runs also a curve of every metric against a
+flag of training: `paired`, the fraction of examples that show all modalities, or another, as in
+--against epochs.
+
+NEW.npz has arrays named like the modalities of the run, a row per example. Any may be absent; where
+an array `mask`, examples x modalities, is false, an entry counts as missing. FILLED.npz gets the
+mean and the deviation of q(z|what a row shows), latent_mean and latent_std, and of every modality
+the mean given what the row shows, whether it is missing or not, in the data's own shapes and units.
+With --samples N it is N values instead, one for each draw of z: how far they differ tells how
+certain the model is."""
+
+
+def fill(run, args):
+    """--fill: writes args.out and says what is in it."""
+    standard = run.args["spec"].get("standardise", {})
+    shown = npz.fill(run.model, standard, args.fill, args.out, args.samples, args.seed)
+    print(f"{args.out} has latent_mean and latent_std of {len(shown):,} examples, and of each")
+    for modality, seen in zip(run.model.modalities, shown.T):
+        name = drawing.label(modality.name)
+        print(f"    {name}, shown in {seen.sum():,} rows, filled in in {(~seen).sum():,}")
 
 
 def main(argv=None):
@@ -862,35 +799,48 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.device == "cuda" and usual == "cpu":
         p.error("this PyTorch finds no CUDA device: use --device cpu")
+    if bool(args.fill) != bool(args.out):
+        p.error("--fill NEW.npz and --out FILLED.npz go together")
+    folders = list({Path(folder).resolve(): Path(folder) for folder in args.runs}.values())
+    if args.fill and len(folders) > 1:
+        p.error(f"--fill is by one run, not by {len(folders)}")
     prepared, results, pages, failed = {}, [], {}, False
-    for folder in {Path(folder).resolve(): folder for folder in args.runs}.values():
+    for folder in folders:
         try:
+            if args.fill:
+                fill(load_run(folder, args.device), args)
+                continue
+            if not (folder / "checkpoint.pt").exists() and (folder / "metrics.json").exists():
+                results.append(read_metrics(folder))
+                continue
             run = load_run(folder, args.device)
-            name, root = run.args["dataset"], args.data or run.args["data"]
-            if (name, root) not in prepared:
-                prepared[name, root] = prepare(name, root, args.device)
-            metrics = measure(run, *prepared[name, root], root, args)
+            name, root, spec = run.args["dataset"], args.data or run.args["data"], run.args["spec"]
+            seen = name, root, json.dumps([spec.get(k) for k in ("likelihoods", "standardise")])
+            if seen not in prepared:
+                prepared[seen] = prepare(name, root, args.device, spec)
+            metrics = measure(run, *prepared[seen], root, args)
             results.append(metrics)
             text = json.dumps(finite(metrics), indent=1, ensure_ascii=False)
             data.replace(run.folder / "metrics.json", lambda file: file.write(text.encode()))
             if args.figures:
-                dataset, oracles, _ = prepared[name, root]
+                dataset, oracles, _ = prepared[seen]
                 shown = draw(run, dataset, oracles, args.figures, root, args.seed)
                 pages[metrics["folder"]] = shown
         except KeyboardInterrupt:
             p.exit(130, f"\n{p.prog}: stopped; metrics.json of the runs before is written\n")
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of a Cholesky, say
-            print(f"{p.prog}: {error}", file=sys.stderr)
+            print(f"{p.prog}: {data.sentence(error)}", file=sys.stderr)
             failed = True
     if results:
-        print(table(results, args.paper))
+        single = len(folders) == 1
+        print(listing(results[0], args.paper) if single else table(results, args.paper))
     try:
         if results and args.figures:
             draw_models(results, pages, args.figures)
             curves(results, args.figures, args.against.replace("-", "_"))
             compare(results, args.figures)
     except (ValueError, OSError) as error:
-        print(f"{p.prog}: {error}", file=sys.stderr)
+        print(f"{p.prog}: {data.sentence(error)}", file=sys.stderr)
         failed = True
     if failed:
         sys.exit(2)

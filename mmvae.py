@@ -96,7 +96,7 @@ class MMVAE(nn.Module):
         if self.estimator == "dreg":  # the encoders learn through z alone
             mu, logvar = mu.detach(), logvar.detach()
         log_w = self.log_weights(xs, z, mu, logvar)  # (R, K, B)
-        bound = (log_w.logsumexp(over) - math.log(math.prod(log_w.shape[k] for k in over))).mean()
+        bound = (log_w.logsumexp(over) - math.log(math.prod([log_w.shape[k] for k in over]))).mean()
         if self.estimator == "dreg":
             w = log_w.detach().flatten(0, 1).softmax(0) if self.tight else log_w.detach().softmax(1)
             w = w.view_as(log_w)

@@ -357,7 +357,7 @@ def modalities(
     does not fit.
     """
     if name == "glyphs":
-        found = [flat("grey", (1, 28, 28)), conv("colour", (3, 32, 32), (16, 32, 64))]
+        found = [flat("grey", (1, 28, 28)), flat("colour", (3, 32, 32))]
     elif name == "mnist-svhn":
         found = [flat("mnist", (1, 28, 28)), conv("svhn", (3, 32, 32), (32, 64, 128))]
     elif name in BANDS:

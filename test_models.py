@@ -1,10 +1,14 @@
 """What has to hold of the five models and their loop, in numbers, without a download or a GPU.
 
-Bounds are held against the exact evidence of a linear-Gaussian model, products and divergences
-against grids and torch.distributions, the loop against itself, resumed or in two processes.
+First the papers' formulas once more: term by term, sample by sample, in float64, with
+torch.distributions. A model's objective has to be the formula's for the same noise, and so has its
+gradient of every parameter. Then exact evidences, of decoders that are linear with Gaussian noise.
+Then the loop against itself, resumed or in two processes.
 """
 
+import argparse
 import ast
+import inspect
 import itertools
 import json
 import math
@@ -12,15 +16,15 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributions import Bernoulli, Independent, Laplace, MultivariateNormal, Normal
-from torch.distributions import kl_divergence
+from torch.distributions import Bernoulli, Categorical, Independent, Laplace, MixtureSameFamily
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
 import data
@@ -35,11 +39,532 @@ sys.path.insert(0, str(HERE / "tests"))
 from helpers import SCRIPTS, arrays, ended, forked, free_port, images, refused, same, seeded
 from helpers import train, weights
 
-NOISE = 0.7  # the standard deviation of every x given z in the linear-Gaussian models
-L = 2
+B, L = 4, 2
+NOISE = 0.7  # the standard deviation of every x given z where decoders are linear
 MODELS = pytest.mark.parametrize("name", SCRIPTS)
 
-# ------------------------------------------------------------------------- a model with an evidence
+# ----------------------------------------------------------------- small models, and the same noise
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """A test in float64 throughout: nets.py's float() too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small_model(name, count, **options):
+    """`count` modalities of three likelihoods, none of weight 1, networks with BatchNorm and random
+    parameters, so that nothing is near 0 or 1 by itself."""
+    rows = [(3, "normal", 0.6, 0.7), (2, "bernoulli", 2.0, 1.0), (4, "laplace", 1.5, 1.3)]
+    modalities = []
+    for k, (size, kind, weight, scale) in enumerate(rows[:count]):
+        encoder = partial(nets.mlp_encoder, (size, 5), norm=True)
+        decoder = partial(nets.mlp_decoder, (5, size), (size,), activation=nn.Tanh)
+        modalities.append(nets.Modality(f"x{k}", (size,), encoder, decoder, kind, weight, scale))
+    model = SCRIPTS[name].MODEL(modalities, L, **options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=min(0.5, 8 / parameter.shape[-1]))
+    return model
+
+
+def batch(model):
+    """B examples of every modality."""
+    kinds = [(m.likelihood, torch.randn(B, *m.shape)) for m in model.modalities]
+    return [(x > 0).double() if kind == "bernoulli" else x for kind, x in kinds]
+
+
+def only(xs, *seen):
+    """xs with all others hidden."""
+    return [x if m in seen else None for m, x in enumerate(xs)]
+
+
+def subsets(of):
+    """All but the empty one, small ones first."""
+    return [s for size in range(1, len(of) + 1) for s in itertools.combinations(of, size)]
+
+
+def recorded(call, *args):
+    """-> call(*args), and what it drew at random, in order."""
+    drawn = []
+
+    def recording(draw):
+        return lambda *a, **b: drawn.append(draw(*a, **b)) or drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, draw in [(torch, "randn"), (torch, "randn_like"), (torch, "randperm"),
+                            (Laplace, "sample")]:  # fmt: skip
+            patch.setattr(owner, draw, recording(getattr(owner, draw)))
+        return call(*args), drawn
+
+
+def holds(formula, model, xs, **options):
+    """The objective and its gradient of every parameter are the formula's, for the same noise."""
+    objective, drawn = recorded(model.objective, *xs)
+    noise = iter(drawn)
+    by_formula = formula(model, xs, noise, **options)
+    assert next(noise, None) is None  # all of it is used
+    sides = []
+    for value in (objective, by_formula):
+        names, of = zip(*model.named_parameters())
+        gradients = torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True)
+        sides.append({"objective": value} | dict(zip(names, gradients)))
+    assert_close(*sides)
+
+
+# ---------------------------------------------------------------------------- the formulas' symbols
+
+
+def gaussians(mu, logvar):
+    """One example, one distribution of z: N(mu, exp(logvar))."""
+    return [Independent(Normal(m, torch.exp(v / 2)), 1) for m, v in zip(mu, logvar)]
+
+
+def unit():
+    """p(z) = N(0, I)."""
+    return gaussians(torch.zeros(1, L), torch.zeros(1, L))[0]
+
+
+def product(*experts):
+    """The Gaussian proportional to the product of Gaussians."""
+    precision = sum(1 / q.variance for q in experts)
+    mean = sum(q.mean / q.variance for q in experts) / precision
+    return Independent(Normal(mean, precision**-0.5), 1)
+
+
+def mixture(*experts):
+    """The equal mixture of distributions of z."""
+    family = type(experts[0].base_dist)
+    loc, scale = (torch.stack([getattr(q.base_dist, k) for q in experts]) for k in ("loc", "scale"))
+    equal = Categorical(torch.ones(len(experts)))
+    return MixtureSameFamily(equal, Independent(family(loc, scale), 1))
+
+
+def expert(q, kind):
+    """An expert of a product: exactly q, or with a bound on its flatness."""
+    if kind == "exact":
+        return q
+    variance = torch.where(q.variance > 1, 1 + q.variance.log(), q.variance)
+    return Independent(Normal(q.mean, (1 / variance + 0.1) ** -0.5), 1)
+
+
+def draw(q, eps):
+    """z ~ q(z), from standard noise."""
+    return q.base_dist.loc + q.base_dist.scale * eps
+
+
+def log_p(model, m, x, z):
+    """log p(x_m|z) of one example and one z, times the weight of its likelihood."""
+    modality, parameter = model.modalities[m], model.decoders[m](z)
+    density = {
+        "normal": lambda: Normal(parameter, modality.scale),
+        "laplace": lambda: Laplace(parameter, modality.scale),
+        "bernoulli": lambda: Bernoulli(logits=parameter),
+    }[modality.likelihood]()
+    return modality.weight * density.log_prob(x).sum()
+
+
+def log_mean(logs):
+    """log 1/n Σ exp."""
+    return torch.stack(logs).exp().mean().log()
+
+
+def shown(xs):
+    """The observed modalities."""
+    return [m for m, x in enumerate(xs) if x is not None]
+
+
+# --------------------------------------------------------------------------------------------- MEME
+
+
+def meme_encoders(model, xs):
+    """q(z|x_m), which is p(z|x_m) too. -> {m: one per example}"""
+    return {m: gaussians(*model.encoders[m](xs[m])) for m in shown(xs)}
+
+
+def p_given(t, explicit):
+    """p(z|t) of the encoders of t: App. E's mixture, or product."""
+    return t[0] if len(t) == 1 else product(*t) if explicit == "product" else mixture(*t)
+
+
+def pseudo_prior(model, others):
+    """1/N Σ_i p(z|u_i), the u of the modalities `others`, by running statistics."""
+    components = []
+    for m in others:
+        model.encoders[m].eval()
+        components += gaussians(*model.encoders[m](model.pseudo[m]))
+        model.encoders[m].train()
+    return mixture(*components)
+
+
+def eq_4(model, s, x, q, prior, eps):
+    """L(s) = E_q(z|s)[ log p(s|z) / q(z|s) + log 1/N Σ_i p(z|u_i) ]"""
+    z = draw(q, eps)
+    return log_p(model, s, x, z) - q.log_prob(z) + prior.log_prob(z)
+
+
+def eq_6(model, s, x, q, eps, kl="closed", classifier_scale=10, full_gradient=False,
+         explicit="mixture"):  # fmt: skip
+    """L(s -> t) = E_q(z|s)[ q(t|z) / q(t|s) log p(s|z) p(z|t) / q(z|s) q(t|z) ] + log q(t|s)"""
+    t = [m for m in q if m != s]
+    z = [draw(q[s], eps_k) for eps_k in eps]  # K of them, z[0] under E
+    log_q_t = [sum(log_p(model, m, x[m], z_k) for m in t) for z_k in z]
+    log_q_t_given_s = log_mean(log_q_t)  # Eq. (8), App. D: z[0] is one of them
+    w = torch.exp(log_q_t[0] - log_q_t_given_s)  # Eq. (10)
+    if not full_gradient:
+        w = w.detach()  # App. B: without the first term of eq. (7)
+    log_p_s = log_p(model, s, x[s], z[0])
+    p = p_given([q[m] for m in t], explicit)
+    if kl == "closed" and not isinstance(p, MixtureSameFamily):
+        expectation = w * (log_p_s - log_q_t[0]) - kl_divergence(q[s], p)
+    else:
+        expectation = w * (log_p_s + p.log_prob(z[0]) - q[s].log_prob(z[0]) - log_q_t[0])
+    return expectation + classifier_scale * log_q_t_given_s
+
+
+def meme_formula(model, xs, noise, direction=None, samples=10, **options):
+    seen, q, values = shown(xs), meme_encoders(model, xs), []
+    if len(seen) == 1:
+        [s] = seen
+        eps, prior = next(noise), pseudo_prior(model, {*range(len(xs))} - {s})
+        values = [eq_4(model, s, xs[s][b], q[s][b], prior, eps[b]) for b in range(B)]
+    else:
+        for s in seen if direction is None else [int(direction[1:])]:  # Eq. (2), (11): their mean
+            eps = next(noise)
+            assert eps.shape == (samples, B, L)
+            for b in range(B):
+                x, q_b = {m: xs[m][b] for m in seen}, {m: q[m][b] for m in seen}
+                values.append(eq_6(model, s, x, q_b, eps[:, b], **options))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("count, options", [
+    (2, dict()),
+    (2, dict(samples=3, kl="sample")),
+    (2, dict(samples=1, kl="sample", classifier_scale=1)),
+    (2, dict(samples=3, full_gradient=True)),
+    (2, dict(samples=3, kl="sample", full_gradient=True, classifier_scale=0.5)),
+    (2, dict(samples=3, direction="x1")),
+    (3, dict(samples=3)),
+    (3, dict(samples=3, full_gradient=True, direction="x2")),
+    (3, dict(samples=3, explicit="product")),
+    (3, dict(samples=3, explicit="product", kl="sample", classifier_scale=-1)),
+])  # fmt: skip
+def test_meme_is_the_mean_over_directions_of_eq_6_with_w_on_its_ratio(float64, count, options):
+    model = small_model("meme", count, **options)
+    for seen in subsets(range(count))[count:]:
+        if options.get("direction") in (None, *(f"x{m}" for m in seen)):
+            holds(meme_formula, model, only(batch(model), *seen), **options)
+
+
+@pytest.mark.parametrize("count, pseudo_samples", [(2, 1), (2, 3), (3, 2)])
+def test_meme_of_one_modality_is_eq_4_the_log_of_a_mean_over_pseudo_samples_by_running_statistics(
+    float64, count, pseudo_samples
+):
+    model = small_model("meme", count, pseudo_samples=pseudo_samples)
+    for s in range(count):
+        holds(meme_formula, model, only(batch(model), s))
+
+
+# ---------------------------------------------------------------------------------- SVAE and VAEVAE
+
+
+def svae_posteriors(model, xs, prior_expert=False, experts="bounded", **_):
+    """-> {subset: a list of products, each one per example}"""
+    seen, every, q, found = shown(xs), range(len(xs)), {}, {}
+    for i, j in itertools.product(every, seen):  # q_i^j(z|x_j): stands in for q_i where i is not j
+        q[i, j] = [expert(q_b, experts) for q_b in gaussians(*model.encoders[i][j](xs[j]))]
+    prior = [[unit()] * B] if prior_expert else []
+    for subset in subsets(seen):
+        own, missing = [q[m, m] for m in subset], [m for m in every if m not in subset]
+        factors = [own + [q[k, j] for k in missing] for j in subset]  # Eq. (4), (5), (35)-(37)
+        factors = factors if missing else [own]  # Eq. (3), (33)
+        found[subset] = [[product(*each) for each in zip(*f, *prior)] for f in factors]
+    return found
+
+
+def vaevae_posteriors(model, xs, variant="b", **_):
+    q = {(m,): [gaussians(*model.encoders[m](xs[m]))] for m in shown(xs)}
+    for subset in subsets(shown(xs))[len(q) :]:
+        if variant == "b":
+            joint = model.joints[str(subset)]
+            q[subset] = [gaussians(*joint([xs[m] for m in subset]))]
+        else:
+            q[subset] = [[product(*each) for each in zip(*(q[m,][0] for m in subset))]]
+    return q
+
+
+PRIOR, SINGLES, PAIRS = "p(z)", [(0,), (1,), (2,)], [(0, 1), (0, 2), (1, 2)]
+DRAWN_TO = {  # the second arguments of the divergences of q(z|subset), by the number of modalities
+    2: {(0, 1): SINGLES[:2]}  # Eq. (19)
+    | dict.fromkeys(SINGLES[:2], [PRIOR]),  # Eq. (20), (21)
+    3: {(0, 1, 2): PAIRS}  # Eq. (29)
+    | dict.fromkeys(PAIRS, [*SINGLES, PRIOR])  # Eq. (30)
+    | dict.fromkeys(SINGLES, [PRIOR]),  # Eq. (31)
+}
+
+
+def sum_of_bounds(model, xs, noise, posteriors, objective, **options):
+    """L(x_1, x_2), or of three L_123 + Σ L_ij + Σ L_i, eq. (32), of the observed modalities. Where
+    q(z|x_i, x_j) is two products, f(q) is f of the one plus f of the other."""
+    q = posteriors(model, xs, **options)
+    q[PRIOR], total = [[unit()] * B], 0
+    for subset in subsets(shown(xs)):
+        if objective == "vaevae" and len(subset) == 1 < len(shown(xs)):
+            continue  # only eq. (19) has L(x_1) + L(x_2)
+        for q_s in q[subset]:
+            eps = next(noise)
+            for b in range(B):
+                z = draw(q_s[b], eps[b])
+                total += sum(log_p(model, m, xs[m][b], z) for m in subset) / B
+                for other in DRAWN_TO[len(xs)][subset]:
+                    total -= sum(kl_divergence(q_s[b], p[b]) for p in q.get(other, [])) / B
+    return total
+
+
+def holds_of_all_patterns(formula, name, count, options, **more):
+    model = small_model(name, count, **options)
+    for seen in subsets(range(count)):
+        holds(formula, model, only(batch(model), *seen), **options, **more)
+
+
+SVAES = [{}, *(dict(objective=objective, prior_expert=prior, experts=experts)
+               for objective in ("svae", "vaevae") for prior in (False, True)
+               for experts in ("exact", "bounded"))]  # fmt: skip
+VAEVAES = [{}, *(dict(objective=objective, variant=variant)
+                 for objective in ("svae", "vaevae") for variant in "ab")]  # fmt: skip
+EQUATIONS = pytest.mark.parametrize("count", [2, 3], ids=["eq_19_to_21", "eq_29_to_32"])
+
+
+@EQUATIONS
+@pytest.mark.parametrize("options", SVAES)
+def test_svae_sums_the_printed_bounds_each_drawn_to_all_that_is_printed(float64, options, count):
+    options = dict(objective="svae") | options
+    holds_of_all_patterns(sum_of_bounds, "svae", count, options, posteriors=svae_posteriors)
+
+
+@EQUATIONS
+@pytest.mark.parametrize("options", VAEVAES)
+def test_vaevae_sums_the_printed_bounds_those_of_pairs_of_three_too(float64, options, count):
+    options = dict(objective="vaevae") | options
+    holds_of_all_patterns(sum_of_bounds, "vaevae", count, options, posteriors=vaevae_posteriors)
+
+
+# -------------------------------------------------------------------------------------------- MMVAE
+
+
+def mmvae_experts(model, xs, posterior="normal", **_):
+    """q_r(z|x_r) of the observed modalities, each one per example."""
+    family, found = {"normal": Normal, "laplace": Laplace}[posterior], []
+    for m in shown(xs):
+        each = gaussians(*model.encoders[m](xs[m]))
+        found.append([Independent(family(q.mean, q.stddev), 1) for q in each])  # Laplace: scale b
+    return found
+
+
+def mmvae_prior(model, posterior="normal", **_):
+    scale = torch.exp(model.prior_logvar / 2)
+    return Independent({"normal": Normal, "laplace": Laplace}[posterior](torch.zeros(L), scale), 1)
+
+
+def stopped(q):
+    """q, with no gradient to its parameters."""
+    family, loc, scale = type(q.base_dist), q.base_dist.loc, q.base_dist.scale
+    return Independent(family(loc.detach(), scale.detach()), 1)
+
+
+def log_w(model, x, z, experts, prior):
+    """log p(z) Π_m p(x_m|z) / 1/R Σ_r q_r(z|x_r)"""
+    log_p_x = sum(log_p(model, m, x_m, z) for m, x_m in x.items())
+    return log_p_x + prior.log_prob(z) - mixture(*experts).log_prob(z)
+
+
+def dreg_gradient(z, log_w_held):
+    """0, with the gradient of Tucker et al. (2019), where v_k = w_k / Σ w and the encoders' own
+    density is held: Σ_k v_k d log w_k / dθ for decoders and prior, for the encoders
+    Σ_k v_k² d log w_k / dz_k dz_k / dφ."""
+    leaves = [z_k.detach().requires_grad_() for z_k in z]
+    logs, total = [log_w_held(leaf) for leaf in leaves], 0
+    for z_k, leaf, log, v_k in zip(z, leaves, logs, torch.stack(logs).detach().softmax(0)):
+        [slope] = torch.autograd.grad(log, leaf, retain_graph=True)
+        total = total + v_k * log + v_k**2 * (slope * z_k).sum()
+    return total - total.detach()
+
+
+def mmvae_formula(model, xs, noise, objective="iwae", samples=10, tight=False, **options):
+    seen, total, eps = shown(xs), 0, next(noise)
+    q, prior, R = mmvae_experts(model, xs, **options), mmvae_prior(model, **options), len(seen)
+    assert eps.shape == (R, samples, B, L)
+    for b in range(B):
+        x, experts = {m: xs[m][b] for m in seen}, [q_r[b] for q_r in q]
+        z = [[draw(experts[r], eps[r, k, b]) for k in range(samples)] for r in range(R)]
+        groups = [sum(z, [])] if tight else z  # all inside one log, or one for each expert
+        for group in groups:
+            logs = [log_w(model, x, z_k, experts, prior) for z_k in group]
+            if objective == "elbo":
+                bound = sum(logs) / samples  # 1/R Σ_r E[ log w_r ]
+            else:
+                bound = log_mean(logs)  # 1/R Σ_r E[ log 1/K Σ_k w_r,k ], or log 1/RK ΣΣ
+            if objective == "dreg":
+                held = [stopped(q_r) for q_r in experts]
+                of_z = partial(log_w, model, x, experts=held, prior=prior)
+                bound = bound.detach() + dreg_gradient(group, of_z)
+            total += bound / len(groups) / B
+    return total
+
+
+MMVAES = [{}, *(dict(objective=objective, samples=3, tight=tight, posterior=posterior)
+                for posterior in ("normal", "laplace") for objective, tight in
+                [("elbo", False), ("iwae", False), ("iwae", True)])]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("options", MMVAES)
+def test_mmvae_weighs_by_the_mixture_over_m_inside_and_outside_the_log(float64, options, count):
+    holds_of_all_patterns(mmvae_formula, "mmvae", count, options)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("posterior", ["normal", "laplace"])
+def test_dreg_has_iwae_s_value_and_squared_weights_for_the_encoders(
+    float64, posterior, tight, count
+):
+    options = dict(objective="dreg", samples=3, tight=tight, posterior=posterior)
+    holds_of_all_patterns(mmvae_formula, "mmvae", count, options)
+
+
+@pytest.mark.parametrize("posterior, spread", [("normal", (2 / math.pi) ** 0.5), ("laplace", 1.0)])
+def test_mmvae_draws_standard_noise(posterior, spread):
+    model = small_model("mmvae", 2, posterior=posterior, samples=5_000)
+    eps = model.noise(7 + torch.randn(2, B, L))
+    assert eps.shape == (2, 5_000, B, L)
+    assert_close(eps.mean(1), torch.zeros(2, B, L), atol=0.1, rtol=0)
+    assert_close(eps.abs().mean(1), torch.full((2, B, L), spread), atol=0.1, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- MVAE
+
+
+def mvae_product(model, xs, subset, experts="bounded", **_):
+    """q(z|X) ∝ p(z) Π_m q_m(z|x_m), one per example."""
+    q = [[expert(q_b, experts) for q_b in gaussians(*model.encoders[m](xs[m]))] for m in subset]
+    return [product(unit(), *each) for each in zip(*q)]
+
+
+def mvae_formula(model, xs, noise, subsets=0, beta=1, **options):
+    """L(X) = ELBO(X) + Σ_m ELBO(x_m) + ELBO of random subsets"""
+    seen, total = shown(xs), 0
+    terms = [seen, *([m] for m in seen)] if len(seen) > 1 else [seen]
+    for _ in range(subsets if len(seen) > 2 else 0):
+        terms.append([seen[k] for k in next(noise)[:2]])  # of three a random subset has two
+    for subset in terms:
+        q, eps = mvae_product(model, xs, subset, **options), next(noise)
+        for b in range(B):
+            z = draw(q[b], eps[b])
+            log_p_x = sum(log_p(model, m, xs[m][b], z) for m in subset)
+            total += (log_p_x - beta * kl_divergence(q[b], unit())) / B
+    return total
+
+
+@pytest.mark.parametrize("count, options", [
+    (2, dict()), (2, dict(experts="exact")), (3, dict()), (3, dict(experts="exact", subsets=2)),
+    (3, dict(subsets=3)),
+])  # fmt: skip
+def test_mvae_adds_the_elbos_of_all_of_each_and_of_random_subsets(float64, count, options):
+    holds_of_all_patterns(mvae_formula, "mvae", count, options)
+
+
+def test_mvae_s_beta_rises_linearly_to_1(float64):
+    model = small_model("mvae", 2, anneal=4)
+    assert model.beta == 1  # where no epoch starts
+    for epoch, beta in [(1, 0.25), (2, 0.5), (4, 1), (5, 1)]:
+        model.start_epoch(epoch)
+        holds(mvae_formula, model, batch(model), beta=beta)
+    without = small_model("mvae", 2)
+    without.start_epoch(1)
+    assert without.beta == 1
+
+
+def test_mvae_s_random_subsets_are_neither_one_nor_all(monkeypatch):
+    modalities, found = nets.modalities("npz", shapes={f"x{k}": (2,) for k in range(4)}), []
+    model = mvae.MVAE(modalities, L, subsets=10)  # as many as there are
+    monkeypatch.setattr(model, "elbo", lambda subset, *_: found.append(subset) or torch.zeros(1))
+    for _ in range(20):
+        model.objective(*torch.randn(4, 1, 2))
+    drawn = [tuple(sorted(subset)) for k, subset in enumerate(found) if k % 15 >= 5]
+    assert set(drawn) == {s for s in subsets(range(4)) if len(s) in (2, 3)}
+    assert 70 < sum(len(subset) == 2 for subset in drawn) < 130  # of 200: both sizes as often
+
+
+# ------------------------------------------------------------------------------ posterior and prior
+
+
+def posterior(name, model, xs, explicit="mixture", **options):
+    """q(z|observed), the equal mixture of some Gaussians. -> a list of them, each one per example"""
+    if name == "meme":
+        q = list(meme_encoders(model, xs).values())
+        return [[product(*each) for each in zip(*q)]] if explicit == "product" else q
+    if name == "mmvae":
+        return mmvae_experts(model, xs, **options)
+    if name == "mvae":
+        return [mvae_product(model, xs, shown(xs), **options)]
+    found = {"svae": svae_posteriors, "vaevae": vaevae_posteriors}[name](model, xs, **options)
+    return found[tuple(shown(xs))]
+
+
+FORMS = [(name, count, {}) for name in SCRIPTS for count in (2, 3)]
+FORMS += [("meme", 3, dict(explicit="product")), ("mmvae", 3, dict(posterior="laplace")),
+          ("vaevae", 3, dict(variant="a")), ("svae", 3, dict(prior_expert=True, experts="exact")),
+          ("mvae", 3, dict(experts="exact"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, count, options", FORMS)
+def test_posterior_and_prior_are_the_distributions_of_the_formulas(float64, name, count, options):
+    model, z = small_model(name, count, **options).requires_grad_(False), torch.randn(3, B, L)
+    priors = {(): model.prior()}
+    if name == "meme":
+        priors |= {(s,): model.prior(s) for s in range(count)}
+    for hidden, prior in priors.items():
+        assert prior.batch_shape == () and prior.event_shape == (L,)
+        others = [m for m in range(count) if m not in hidden]
+        known = {"meme": lambda: pseudo_prior(model, others),
+                 "mmvae": lambda: mmvae_prior(model, **options)}.get(name, unit)()  # fmt: skip
+        assert_close(prior.log_prob(z), known.log_prob(z))
+    for seen in subsets(range(count)):
+        xs = only(batch(model), *seen)
+        found, q = model.posterior(*xs), posterior(name, model, xs, **options)
+        assert found.batch_shape == (B,) and found.event_shape == (L,)
+        by_example = [mixture(*each) for each in zip(*q)]
+        known = [[q_b.log_prob(z[k, b]) for b, q_b in enumerate(by_example)] for k in range(3)]
+        assert_close(found.log_prob(z), torch.tensor(known))
+
+
+@MODELS
+def test_decode_gives_the_mean_of_every_modality(float64, name):
+    model, z = small_model(name, 3), torch.randn(5, 2, L)
+    logits = [decode(z) for decode in model.decoders]
+    for m, found in enumerate(model.decode(z)):
+        assert_close(found, logits[m].sigmoid() if m == 1 else logits[m])
+
+
+@MODELS
+def test_every_likelihood_has_its_weight_and_every_stream(float64, name):
+    model, z = small_model(name, 3).eval(), torch.randn(5, B, L)
+    xs = batch(model)
+    assert not model.log_likelihood(*xs, samples=2).requires_grad
+    model.requires_grad_(False)
+    for m in range(3):
+        known = [[log_p(model, m, xs[m][b], z[k, b]) for b in range(B)] for k in range(5)]
+        assert_close(model.log_p(m, z, xs[m]), torch.tensor(known))
+    streams = [(0.5, xs), (3.0, only(xs, 1))]
+    known = drawn(lambda: [-weight * model.objective(*x) for weight, x in streams])
+    assert_close(drawn(model, streams), torch.stack(known))
+
+
+# ---------------------------------------------------------------------------------- exact evidences
 
 
 class Linear(nn.Module):
@@ -47,14 +572,17 @@ class Linear(nn.Module):
 
     def __init__(self, latent_dim, size):
         super().__init__()
-        self.mu = nn.Linear(size, latent_dim)
+        self.trunk, self.width = nn.Identity(), size  # for nets.Joint
+        self.head = nn.Linear(size, latent_dim)
         self.logvar = nn.Parameter(torch.randn(latent_dim) * 0.3 - 1)
 
     def forward(self, x, running=False):
-        return self.mu(x), self.logvar.expand(len(x), -1)
+        return self.head(x), self.logvar.expand(len(x), -1)
 
 
 def linear_model(name, sizes=(3, 2), **options):
+    """x_m = W_m z + b_m + noise: its evidence is a Gaussian's."""
+
     def modality(k, size):
         networks = lambda latent: Linear(latent, size), lambda latent: nn.Linear(latent, size)
         return nets.Modality(f"x{k}", (size,), *networks, "normal", scale=NOISE)
@@ -64,14 +592,56 @@ def linear_model(name, sizes=(3, 2), **options):
     return SCRIPTS[name].MODEL([modality(*each) for each in enumerate(sizes)], L, **options)
 
 
-def evidence(model, xs, mean=torch.zeros(L), variance=torch.ones(L)):
-    """log of the integral of Π_m p(x_m|z) N(z; mean, variance), exactly. -> (B,)"""
-    seen = [m for m, x in enumerate(xs) if x is not None]
-    weight = torch.cat([model.decoders[m].weight for m in seen])
-    bias = torch.cat([model.decoders[m].bias for m in seen])
-    covariance = weight @ torch.diag(variance) @ weight.T + NOISE**2 * torch.eye(len(weight))
-    exactly = MultivariateNormal(bias + mean @ weight.T, covariance)
-    return exactly.log_prob(torch.cat([xs[m] for m in seen], -1))
+def evidence(model, x, p=None):
+    """log of the integral of Π_m p(x_m|z) p(z), exactly, of one example {m: x_m}; p is Gaussian."""
+    p = unit() if p is None else p
+    weight = torch.cat([model.decoders[m].weight for m in x])
+    bias = torch.cat([model.decoders[m].bias for m in x])
+    covariance = weight @ torch.diag(p.variance) @ weight.T + NOISE**2 * torch.eye(len(weight))
+    exactly = MultivariateNormal(bias + weight @ p.mean, covariance)
+    return exactly.log_prob(torch.cat(list(x.values())))
+
+
+def components(name, model, xs, given, **options):
+    """The prior of log_likelihood, as an equal mixture. -> Gaussians, for each example"""
+    if given is not None:
+        return list(zip(*posterior(name, model, given, **options)))
+    if name == "meme":  # where one modality alone is seen, eq. (4)'s prior, else all pseudo-samples
+        seen = shown(xs)
+        others = [m for m in range(len(xs)) if len(seen) > 1 or m not in seen]
+        return [[g for m in others for g in gaussians(*model.encoders[m](model.pseudo[m]))]] * B
+    return [[mmvae_prior(model) if name == "mmvae" else unit()]] * B
+
+
+@pytest.mark.parametrize("name, count, options", [f for f in FORMS if "posterior" not in f[2]])
+def test_log_likelihood_is_the_evidence_of_every_seen_under_every_given_prior(
+    float64, monkeypatch, name, count, options
+):
+    more = {"meme": dict(pseudo_samples=2), "vaevae": {"variant": "b"}}.get(name, {})
+    options, sizes = more | options, (3, 2, 2)[:count]
+    model = linear_model(name, sizes, **options).requires_grad_(False)
+    model.modalities = [m._replace(weight=7.0) for m in model.modalities]  # of training alone
+    for key, parameter in model.named_parameters():  # wide proposals: the weights vary little
+        if key.endswith("weight"):
+            parameter *= 0.7 if "decoders" in key else 0.1
+        if key.endswith("head.bias"):
+            parameter[:] = torch.cat([0.7 * torch.randn(L), 2 * torch.ones(L)])[: len(parameter)]
+        if key.endswith("logvar"):
+            parameter[:] = torch.tensor([0.5, -0.5]) if name == "mmvae" and "prior" in key else 2
+    everything, asked, of = [torch.randn(B, size) / 2 for size in sizes], [], model.posterior
+    monkeypatch.setattr(model, "posterior", lambda *xs: asked.append(shown(xs)) or of(*xs))
+    for seen in subsets(range(count)):
+        for known in [None, *subsets([m for m in range(count) if m not in seen])]:
+            xs = only(everything, *seen)
+            given = None if known is None else only(everything, *known)
+            exactly = []
+            for b, parts in enumerate(components(name, model, xs, given, **options)):
+                x = {m: xs[m][b] for m in seen}
+                exactly.append(log_mean([evidence(model, x, p) for p in parts]))
+            found = model.log_likelihood(*xs, samples=20_000, given=given)
+            assert_close(found, torch.stack(exactly), atol=0.08, rtol=0)
+            assert asked[0] == sorted({*seen, *(known or ())})  # drawn from the posterior of all
+            asked.clear()
 
 
 def orthogonal(model):
@@ -85,11 +655,11 @@ def orthogonal(model):
 def exact(encode, decode, share):
     """Make an encoder the Gaussian ∝ p(x|z) p(z)^share; without a decoder, p(z)^share alone."""
     precision = torch.full((L,), float(share))
-    encode.mu.weight.data.zero_(), encode.mu.bias.data.zero_()
+    encode.head.weight.data.zero_(), encode.head.bias.data.zero_()
     if decode is not None:
         precision = precision + (decode.weight**2).sum(0) / NOISE**2
-        encode.mu.weight.data = decode.weight.T / NOISE**2 / precision[:, None]
-        encode.mu.bias.data = -encode.mu.weight @ decode.bias
+        encode.head.weight.data = decode.weight.T / NOISE**2 / precision[:, None]
+        encode.head.bias.data = -encode.head.weight @ decode.bias
     encode.logvar.data = -precision.log()
 
 
@@ -107,216 +677,52 @@ def pair(n=1, sizes=(3, 2)):
     return [torch.randn(1, size).expand(n, size) for size in sizes]
 
 
-def only(xs, *seen):
-    """xs with all others hidden."""
-    return [x if m in seen else None for m, x in enumerate(xs)]
-
-
 def drawn(call, *args):
     """call(*args), with the same noise whenever it is asked for."""
     torch.manual_seed(1)
     return call(*args)
 
 
-def mean_and_error(values):
-    return values.mean().item(), 4 * values.std().item() / len(values) ** 0.5
-
-
 def lies_below(values, exactly):
-    mean, error = mean_and_error(values)
-    assert mean < exactly + error
+    assert values.mean() < exactly + 4 * values.std() / len(values) ** 0.5
 
 
 def equals(values, exactly):
-    mean, error = mean_and_error(values)
-    assert mean == pytest.approx(exactly.item(), abs=error + 1e-4)
+    error = 4 * values.std().item() / len(values) ** 0.5
+    assert values.mean().item() == pytest.approx(exactly.item(), abs=error + 1e-4)
 
 
-def sample(mu, logvar):
-    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-
-
-def copy(source, target):
-    target.load_state_dict(source.state_dict())
-
-
-# ------------------------------------------------------------------------------------------- bounds
-
-
-def test_single_elbos_lie_below_the_evidence_and_of_the_exact_posterior_are_it():
-    exactly = exact_model("mvae", 0, experts="exact")  # the product has the prior, once
-    for seen in [(0,), (1,), (0, 1)]:
-        xs = only(pair(20_000), *seen)
-        equals(exactly.elbo(seen, xs, exactly.encode(xs)), evidence(exactly, xs)[0])
-        model = linear_model("mvae")
-        lies_below(model.elbo(seen, xs, model.encode(xs)), evidence(model, xs)[0])
-        model = linear_model("svae")
-        if len(seen) == 1:  # Eq. (19) is no bound
-            lies_below(model.bound(seen, xs, model.encode(xs)), evidence(model, xs)[0])
-
-
-def test_mvae_adds_the_bounds_of_its_subsets():
-    sizes = 3, 2, 4
-    loss = linear_model("mvae", sizes, subsets=3)([(1.0, pair(4, sizes))])
-    assert loss.item() > linear_model("mvae", sizes)([(1.0, pair(4, sizes))]).item()
-
-
-def test_svae_conditional_term_lies_below_the_conditional_evidence():
-    model, xs = linear_model("svae"), pair(20_000)
+def test_bounds_lie_below_their_evidences():
+    xs, both = pair(4_000), {m: x[0] for m, x in enumerate(pair())}
+    for name, m in itertools.product(("mvae", "svae"), range(2)):
+        model, shows = linear_model(name), only(xs, m)
+        term = model.elbo if name == "mvae" else model.bound  # Eq. (20), (21); (19) is no bound
+        lies_below(term((m,), shows, model.encode(shows)), evidence(model, {m: both[m]}))
+    model = linear_model("meme", kl="sample", classifier_scale=1, samples=3)  # as printed
     q = model.encode(xs)
-    (mu, logvar), given = q[0, 1][0], q[1,][0]
-    term = model.log_p(0, sample(mu, logvar), xs[0]) - svae.kl_normal(mu, logvar, *given)
-    lies_below(term, evidence(model, only(xs, 0), given[0][0], given[1][0].exp())[0])
+    lies_below(model.bound(0, xs, q), evidence(model, {0: both[0]}, gaussians(*q[1])[0]))
+    forms = [dict(objective="elbo", samples=1), dict(samples=5), dict(samples=50)]
+    models = [linear_model("mmvae", **f) for f in [*forms, dict(samples=50, tight=True)]]
+    values = [model.objective(*xs).item() for model in models]
+    assert values == sorted(values) and values[-1] < evidence(models[0], both)
 
 
-def test_svae_of_exact_posteriors_is_twice_the_joint_evidence():
-    model, xs = linear_model("svae", experts="exact"), pair(20_000)
+def test_bounds_of_exact_posteriors_are_their_evidences():
+    xs, both = pair(4_000), {m: x[0] for m, x in enumerate(pair())}
+    model = exact_model("mvae", 0, experts="exact")  # the product has the prior, once
+    equals(model.elbo((0, 1), xs, model.encode(xs)), evidence(model, both))
+    model = linear_model("svae", experts="exact")
     orthogonal(model)
     for i, j in itertools.product(range(2), repeat=2):  # p(z) is shared out: half to each expert
         exact(model.encoders[i][j], model.decoders[j] if i == j else None, 0.5)
     q = model.encode(xs)
-    bounds = sum(model.bound(subset, xs, q) for subset in q)
-    equals(bounds, 2 * evidence(model, xs)[0])  # Eq. (23)
-    equals(bounds - bounds.mean() + model.objective(*xs), 2 * evidence(model, xs)[0])
-
-
-def test_vaevae_of_exact_posteriors_is_both_conditional_evidences():
-    model, xs = exact_model("vaevae", 1, variant="a"), pair(20_000)
-    mu, logvar = svae.product([encode(x) for encode, x in zip(model.encoders, xs)])
+    equals(sum(model.bound(s, xs, q) for s in q), 2 * evidence(model, both))  # Eq. (23)
+    model = exact_model("vaevae", 1, variant="a")
+    mu, logvar = vaevae.product([encode(x) for encode, x in zip(model.encoders, xs)])
     precision = torch.exp(-logvar) - 1  # q(z|x_1) q(z|x_2) has the prior twice
-    both = mu * torch.exp(-logvar) / precision, -precision.log()
-    singles = sum(evidence(model, only(xs, k))[0] for k in range(2))
-    bounds = model.bound((0, 1), xs, model.encode(xs) | {(0, 1): [both]})
-    equals(bounds, 2 * evidence(model, xs)[0] - singles)
-
-
-def test_mmvae_bounds_lie_below_the_evidence():
-    xs = pair(1_000)
-    for options in (dict(objective="elbo"), {}, dict(tight=True), dict(posterior="laplace")):
-        model = linear_model("mmvae", samples=3, **options)
-        exactly = evidence(model, xs)[0]
-        if "posterior" in options:  # then the prior is no Gaussian: the evidence by quadrature
-            grid = torch.cartesian_prod(*[torch.linspace(-12, 12, 601)] * 2)
-            terms = zip(model.modalities, model.decoders, xs)
-            log_p = sum(nets.log_prob(m, decode(grid), x[0]) for m, decode, x in terms)
-            exactly = (log_p + model.prior().log_prob(grid)).logsumexp(0) + 2 * math.log(24 / 600)
-        lies_below(torch.stack([model.objective(*xs) for _ in range(20)]), exactly)
-
-
-def test_mmvae_iwae_rises_with_samples_and_tight_is_tighter():
-    forms = [dict(objective="elbo"), dict(samples=1), dict(samples=5), dict(samples=50)]
-    forms.append(dict(samples=50, tight=True))
-    values = [linear_model("mmvae", **f).objective(*pair(20_000)).item() for f in forms]
-    assert values[0] == pytest.approx(values[1], abs=0.1)  # K = 1 is the elbo
-    assert values[1] < values[2] < values[3] < values[4]
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-def test_meme_as_printed_lies_below_the_conditional_evidence(samples):
-    model, xs = linear_model("meme", kl="sample", classifier_scale=1, samples=samples), pair(20_000)
-    gaussians = model.encode(xs)
-    for s, (mu, logvar) in enumerate(gaussians[::-1]):
-        exactly = evidence(model, only(xs, s), mu[0], logvar[0].exp())[0]
-        lies_below(model.bound(s, xs, gaussians), exactly)
-
-
-def test_meme_marginal_bound_lies_below_the_evidence_under_its_mixture_prior():
-    model, xs = linear_model("meme", pseudo_samples=3), pair(20_000)
-    model.start_pseudo([3 * torch.randn(3, 3), 3 * torch.randn(3, 2)])
-    for s in range(2):
-        parts = [evidence(model, only(pair(), s), mu, logvar.exp())[0]
-                 for mu, logvar in zip(*model.pseudo_prior(s))]  # fmt: skip
-        exactly = torch.stack(parts).logsumexp(0) - math.log(3)
-        lies_below(model.marginal_bound(s, xs[s], *model.encode(xs)[s]), exactly)
-
-
-def test_meme_marginal_bound_with_one_pseudo_sample_is_a_kl_to_its_encoder():
-    model, xs = linear_model("meme", pseudo_samples=1), pair(50_000)
-    mu, logvar = model.encode(xs)[0]
-    kl = meme.kl_normal(mu, logvar, *model.encoders[1](model.pseudo[1]))
-    a, error_a = mean_and_error(model.marginal_bound(0, xs[0], mu, logvar))
-    b, error_b = mean_and_error(model.log_p(0, sample(mu, logvar), xs[0]) - kl)
-    assert a == pytest.approx(b, abs=error_a + error_b)
-
-
-@MODELS
-def test_importance_sampling_finds_the_evidence_whatever_the_weights_of_training(name):
-    model, xs = linear_model(name, **({"pseudo_samples": 1} if name == "meme" else {})), pair(4)
-    model.modalities = [m._replace(weight=7.0) for m in model.modalities]
-    for encode in model.requires_grad_(False).modules():
-        if isinstance(encode, Linear):
-            encode.logvar.data.fill_(0.5)  # wide proposals, or the weights have no variance
-
-    def check(exactly, *observed, **given):
-        found = model.log_likelihood(*observed, samples=50_000, **given)
-        assert_close(found, exactly.expand(4), atol=0.1, rtol=0)
-
-    if name == "meme":  # eq. (4)'s prior with one pseudo-sample is the Gaussian of its encoder
-        mu, logvar = model.encoders[1](model.pseudo[1])
-        check(evidence(model, only(xs, 0), mu[0], logvar[0].exp()), xs[0], None)
-    else:
-        check(evidence(model, xs), *xs)
-        check(evidence(model, only(xs, 0)), xs[0], None)
-    if name != "mmvae":
-        base = model.posterior(None, xs[1]).base_dist
-        exactly = evidence(model, only(xs, 0), base.loc[0], base.scale[0] ** 2)
-        check(exactly, xs[0], None, given=[None, xs[1]])
-
-
-def test_meme_of_three_with_product_has_one_prior_in_training_and_after_it():
-    sizes = (3, 2, 2)
-    model, xs = linear_model("meme", sizes, explicit="product", pseudo_samples=1), pair(4, sizes)
-    for encode in model.requires_grad_(False).modules():
-        if isinstance(encode, Linear):
-            encode.logvar.data.fill_(0.5)
-    gaussians = model.encode(xs)[1:]
-    precision = sum((-logvar).exp() for _, logvar in gaussians)  # of p(z|x_2, x_3), the product
-    mu = sum(mu * (-logvar).exp() for mu, logvar in gaussians) / precision
-    found = model.posterior(None, *xs[1:])
-    assert_close(found.mean, mu)
-    assert_close(found.variance, 1 / precision)
-    exactly = evidence(model, only(xs, 0), mu[0], 1 / precision[0])
-    seen = model.log_likelihood(xs[0], None, None, samples=50_000, given=[None, *xs[1:]])
-    assert_close(seen, exactly.expand(4), atol=0.1, rtol=0)
-
-
-# ---------------------------------------------------------------------------- a GPU that is not there
-
-SPECS = {name: {} for name in ("glyphs", "mnist-split", "mnist-split3", "mnist-svhn")}
-SPECS |= {"cub": {"vocabulary": 50}, "spectra": {"width": 0.01}}
-
-
-def fake_step(name, dataset):
-    """Fake tensors on "cuda" have a shape and a device and no values."""
-    with FakeTensorMode():
-        modalities = nets.modalities(dataset, **SPECS[dataset])
-        model = SCRIPTS[name].MODEL(modalities, 8)
-        for module in model.modules():  # as model.to("cuda"), which fake weights do not take
-            for key, weight in module._parameters.items():
-                if weight is not None:
-                    module._parameters[key] = nn.Parameter(weight.detach().to("cuda"))
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = buffer.to("cuda")
-        xs = [torch.rand(4, *m.shape, device="cuda") for m in modalities]
-        xs = [x.long() if m.likelihood == "categorical" else x for m, x in zip(modalities, xs)]
-        patterns = [xs, *(only(xs, m) for m in range(len(xs)))]
-        found = [model([(0.5, shown) for shown in patterns])]
-        for shown in patterns:
-            found += model.decode(model.posterior(*shown).sample())
-            found.append(model.log_likelihood(*shown, samples=2))
-        if name == "meme":
-            model.start_pseudo(xs)
-        assert {x.device.type for x in found} == {"cuda"}
-        assert found[0].shape == (1 + len(xs),)
-
-
-@pytest.mark.parametrize("dataset", SPECS)
-@MODELS
-def test_nothing_of_a_step_lies_on_another_device_or_reads_a_value_back(name, dataset):
-    assert ended(forked(fake_step, name, dataset)) == [0]  # a fake "cuda" is not to be forked
-
-
-# --------------------------------------------------------------------------------------------- MEME
+    q = model.encode(xs) | {(0, 1): [(mu * torch.exp(-logvar) / precision, -precision.log())]}
+    alone = sum(evidence(model, {m: both[m]}) for m in both)  # both conditional evidences:
+    equals(model.bound((0, 1), xs, q), 2 * evidence(model, both) - alone)
 
 
 def test_meme_weights_are_positive_at_most_k_and_one_on_average():
@@ -341,24 +747,13 @@ def test_meme_at_c_1_gives_the_decoder_of_t_no_gradient_unless_w_has_one(monkeyp
     assert size > 0.1 if full else size < 1e-4
 
 
-def test_meme_closed_and_sampled_forms_agree_where_w_is_one():
-    xs, values = pair(50_000), []
-    for kl in ("closed", "sample"):
-        model = linear_model("meme", kl=kl, samples=2, classifier_scale=0)
-        model.decoders[1].weight.data.zero_()  # q(t|z) = q(t): w = 1
-        values.append(mean_and_error(model.bound(0, xs, model.encode(xs))))
-    (a, error_a), (b, error_b) = values
-    assert a == pytest.approx(b, abs=error_a + error_b)
-
-
-def test_meme_with_a_mixture_prior_of_equal_encoders_is_the_two_modality_bound():
-    two, three = three_from_two("meme", (3, 2, 2), kl="sample", classifier_scale=1)
-    copy(three.encoders[1], three.encoders[2])
-    three.modalities[2] = three.modalities[2]._replace(weight=0)  # x_2 tells nothing of z
-    xs = pair(6)
-    a = drawn(two.bound, 0, xs, two.encode(xs))
-    xs = [*xs, xs[1]]
-    assert_close(drawn(three.bound, 0, xs, three.encode(xs)), a)
+def test_densities_keep_the_constants_that_cancel_in_objectives():
+    z, mu, logvar = torch.randn(3, 4, L)
+    assert_close(meme.log_normal(z, mu, logvar), meme.normal(mu, logvar).log_prob(z))
+    for posterior in ("normal", "laplace"):
+        model = small_model("mmvae", 2, posterior=posterior)
+        known = model.distribution(mu, logvar).log_prob(z)
+        assert_close(model.log_density(z, mu, logvar), known)
 
 
 def test_meme_starts_its_pseudo_samples_at_different_images_though_examples_share_them():
@@ -375,49 +770,29 @@ def test_meme_starts_its_pseudo_samples_at_different_images_though_examples_shar
     assert few.flatten().tolist() == [0, 1] and len(none) == 0
 
 
-def test_meme_trains_one_direction_alone():
-    model, xs = linear_model("meme", direction="x0"), pair(4)
-    bound = drawn(model.bound, 0, xs, model.encode(xs))
-    assert_close(drawn(model.objective, *xs), bound.mean())
+def test_meme_s_words_are_logits_8_for_themselves():
+    model = meme.MEME(nets.modalities("cub", vocabulary=7), 4, pseudo_samples=5)
+    features, words = model.pseudo
+    assert features.shape == (5, 2048) and 0 <= features.min() and features.max() <= 1
+    assert words.shape == (5, 32, 7) and len(words.argmax(-1).unique()) == 7
+    for started in (False, True):
+        if started:
+            caption = torch.randint(7, (2, 32))
+            model.start_pseudo([torch.zeros(2, 2048), caption])
+            assert (features[:2] == 0).all() and (words[:2].argmax(-1) == caption).all()
+        assert ((words == 0) | (words == 8)).all() and (words.sum(-1) == 8).all()
 
 
-# ------------------------------------------------------------------------- products and divergences
+# ---------------------------------------------------------------------------- products and networks
 
 
-def grid_product(gaussians):
-    z = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
-    log_p = sum(Normal(m, s).log_prob(z) for m, s in gaussians)
-    p = (log_p - log_p.max()).exp()
-    mean = (p * z).sum() / p.sum()
-    return mean.item(), ((p * (z - mean) ** 2).sum() / p.sum()).sqrt().item()
-
-
-def test_products_are_those_of_a_grid_and_of_the_published_vectors():
-    experts, several = (
-        [(1.0, 0.5), (-1.0, 0.1)],
-        linear_model("meme", (3, 2, 4), explicit="product"),
-    )
-    given = [(torch.tensor([[m]]), 2 * torch.tensor([[s]]).log()) for m, s in experts]
-    for product, extra, known in [
-        (svae.product, [], (-0.923, 0.0981)),
-        (vaevae.product, [], (-0.923, 0.0981)),
-        (linear_model("mvae").product, [(0.0, 1.0)], (-0.914, 0.0976)),
-        (several.conditional_prior, [], (-0.923, 0.0981)),
-    ]:
-        mu, logvar = product(given)
-        found = mu.item(), (0.5 * logvar).exp().item()
-        assert found == pytest.approx(grid_product(experts + extra), abs=1e-4)
-        assert found == pytest.approx(known, abs=6e-4)
-
-
-def test_svae_products_with_the_prior_expert_have_it_once():
-    plain, with_prior = linear_model("svae"), linear_model("svae", prior_expert=True)
-    for subset, [(mu, logvar)] in plain.encode(pair(1)).items():
-        found_mu, found_logvar = with_prior.encode(pair(1))[subset][0]
-        for k in range(L):
-            expert = mu[0, k].item(), (0.5 * logvar[0, k]).exp().item()
-            found = found_mu[0, k].item(), (0.5 * found_logvar[0, k]).exp().item()
-            assert found == pytest.approx(grid_product([expert, (0.0, 1.0)]), abs=1e-4)
+def test_products_are_the_published_vectors():
+    given = [(torch.tensor([[m]]), 2 * torch.tensor([[s]]).log()) for m, s in [(1, 0.5), (-1, 0.1)]]
+    several = linear_model("meme", (3, 2, 4), explicit="product").conditional_prior
+    products = [(by, (-0.923, 0.0981)) for by in (svae.product, vaevae.product, several)]
+    for by, known in [*products, (linear_model("mvae").product, (-0.914, 0.0976))]:  # and the prior
+        mu, logvar = by(given)
+        assert (mu.item(), (0.5 * logvar).exp().item()) == pytest.approx(known, abs=6e-4)
 
 
 @pytest.mark.parametrize("script", [mvae, svae])
@@ -434,41 +809,12 @@ def test_bounded_experts_keep_a_gradient_where_exact_ones_die(script):
         encode = model.encoders[0] if script is mvae else model.encoders[0][0]
         encode.logvar.data.fill_(100.0)
         model.objective(*pair(100)).backward()
-        gradients[experts] = encode.mu.weight.grad.abs().max()
+        gradients[experts] = encode.head.weight.grad.abs().max()
     assert gradients["bounded"] > 0.01 and not gradients["exact"] > 1e-9
     for flatness in (80.0, math.inf):  # products of them stay finite
         flat = script.bounded(torch.ones(1, L), torch.full((1, L), flatness))
         mu, logvar = svae.product([flat] * 2)
         assert mu.tolist() == [[1.0] * L] and logvar.exp().max() <= 5 * (1 + 1e-5)
-
-
-def test_divergences_and_densities_are_those_of_torch():
-    mu, logvar, prior_mu, prior_logvar, z = torch.randn(5, 4, L)
-    q = Independent(Normal(mu, (0.5 * logvar).exp()), 1)
-    p = Independent(Normal(prior_mu, (0.5 * prior_logvar).exp()), 1)
-    unit = Independent(Normal(torch.zeros(4, L), torch.ones(4, L)), 1)
-    for script in (meme, svae, vaevae):
-        found = script.kl_normal(mu, logvar, prior_mu, prior_logvar)
-        assert_close(found, kl_divergence(q, p))
-    assert_close(mvae.kl_to_prior(mu, logvar), kl_divergence(q, unit))
-    assert_close(meme.log_normal(z, mu, logvar), q.log_prob(z))
-    for posterior in ("normal", "laplace"):
-        model = linear_model("mmvae", posterior=posterior)
-        expected = model.distribution(mu, logvar).log_prob(z)
-        assert_close(model.log_density(z, mu, logvar), expected)
-
-
-@pytest.mark.parametrize("objective", ["svae", "vaevae"])
-def test_svae_with_flat_replacements_is_vaevae_a(objective):
-    a = linear_model("svae", objective=objective, experts="exact")
-    b = linear_model("vaevae", objective=objective, variant="a")
-    for k in range(2):
-        copy(a.encoders[k][k], b.encoders[k])
-        copy(a.decoders[k], b.decoders[k])
-        a.encoders[1 - k][k].logvar.data.fill_(math.inf)
-    for seen in [(0, 1), (0,), (1,)]:
-        xs = only(pair(7), *seen)
-        assert_close(drawn(a.objective, *xs), drawn(b.objective, *xs))
 
 
 @pytest.mark.parametrize("name, trunks", [("svae", 3**2), ("vaevae", 3 * 2**2)])
@@ -481,6 +827,24 @@ def test_parameter_counts_grow_as_figure_2_counts_them(name, trunks):
     found += [t for m in modules if isinstance(m, nets.Joint) for t in m.trunks]
     one = size(nets.modalities("mnist-split3")[0].encoder(64).trunk)
     assert [size(trunk) for trunk in found] == [one] * trunks
+
+
+@MODELS
+def test_encoders_and_decoders_run_no_more_than_they_must(name):
+    options, rows = ({"samples": 3} if name in ("meme", "mmvae") else {}), {}
+    model = SCRIPTS[name].MODEL(nets.modalities("glyphs"), 4, **options)
+
+    def count(module, args):
+        n = args[0][..., 0].numel() if isinstance(module, nets.Decoder) else 5
+        rows[module] = rows.get(module, 0) + n
+
+    for module in model.modules():
+        if isinstance(module, (nets.Encoder, nets.Joint, nets.Decoder)):
+            module.register_forward_pre_hook(count)
+    model.objective(*images("glyphs", 5))
+    assert max(n for module, n in rows.items() if not isinstance(module, nets.Decoder)) == 5
+    decodings = {"meme": 4, "mmvae": 6, "svae": 2, "vaevae": 1, "mvae": 2}[name]
+    assert max(rows[module] for module in model.decoders) == 5 * decodings
 
 
 # --------------------------------------------------------------------------------------------- DReG
@@ -508,150 +872,18 @@ def test_dreg_is_unbiased_and_less_noisy_for_one_modality_and_biased_for_two(bia
     assert biased or error_b.mean() < 0.8 * error_a.mean()
 
 
-def test_dreg_has_the_value_of_iwae_and_its_decoder_gradient():
-    for tight, xs in itertools.product((False, True), (only(pair(9), 0), pair(9))):
-        found = []
-        for objective in ("iwae", "dreg"):
-            model = linear_model("mmvae", objective=objective, tight=tight, samples=4)
-            value = drawn(model.objective, *xs)
-            of = [model.decoders[0].weight, model.prior_logvar]
-            found.append((value, *torch.autograd.grad(value, of)))
-        assert_close(*found)
-
-
-# --------------------------------------------------------------------------- patterns of modalities
-
-
-def three_from_two(name, sizes=(3, 2, 4), **options):
-    two, three = linear_model(name, sizes[:2], **options), linear_model(name, sizes, **options)
-    for k in range(2):
-        copy(two.encoders[k], three.encoders[k])
-        copy(two.decoders[k], three.decoders[k])
-    return two, three
-
-
-@pytest.mark.parametrize("name", ["mvae", "mmvae", "meme"])
-def test_three_modalities_without_the_third_are_two(name):
-    two, three = three_from_two(name)
-    xs = pair(6)
-    assert_close(drawn(two.objective, *xs), drawn(three.objective, *xs, None))
-
-
-def test_eq_29_is_the_paired_loss_of_two_when_the_third_adds_nothing():
-    two, three = three_from_two("vaevae", variant="a")
-    xs = [*pair(6), torch.randn(6, 4)]
-    q = three.encode(xs)
-    q[0, 1, 2], q[0, 2], q[1, 2] = q[0, 1], q[0,], q[1,]
-    z = drawn(sample, *q[0, 1][0])
-    paired = drawn(two.bound, (0, 1), xs[:2], two.encode(xs[:2]))
-    assert_close(drawn(three.bound, (0, 1, 2), xs, q), paired + three.log_p(2, z, xs[2]))
-
-
-def test_eq_30_draws_a_pair_to_all_single_posteriors_and_the_prior():
-    model, zero = linear_model("vaevae", (3, 2, 4), variant="a"), torch.zeros(L)
-    xs = [*pair(6), torch.randn(6, 4)]
-    q = model.encode(xs)
-    mu, logvar = q[0, 1][0]
-    z = drawn(sample, mu, logvar)
-    priors = [q[0,][0], q[1,][0], q[2,][0], (zero, zero)]
-    kl = sum(svae.kl_normal(mu, logvar, *prior) for prior in priors)
-    expected = model.log_p(0, z, xs[0]) + model.log_p(1, z, xs[1]) - kl
-    assert_close(drawn(model.bound, (0, 1), xs, q), expected)
-
-
-def test_svae_has_two_products_for_a_pair_of_three():
-    model, xs = linear_model("svae", (3, 2, 4)), [*pair(1), torch.randn(1, 4)]
-    q = model.encode(xs)
-    products = {(0,): 1, (1,): 1, (2,): 1, (0, 1): 2, (0, 2): 2, (1, 2): 2, (0, 1, 2): 1}
-    assert {subset: len(found) for subset, found in q.items()} == products
-    experts = [svae.bounded(*model.encoders[i][j](xs[j])) for i, j in [(0, 0), (1, 1), (2, 1)]]
-    assert_close(q[0, 1][1], svae.product(experts))  # Eq. (36)
-
-
-@MODELS
-@pytest.mark.parametrize("order", [(1, 0), (2, 0, 1)])
-def test_objectives_do_not_depend_on_the_order_of_modalities(name, order, monkeypatch):
-    def zeros(*shape, **_):
-        return torch.zeros(shape[0] if len(shape) == 1 else shape)
-
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    sizes = (3, 2, 4)[: len(order)]
-    a, b = linear_model(name, sizes), linear_model(name, [sizes[k] for k in order])
-    for new, old in enumerate(order):
-        copy(a.decoders[old], b.decoders[new])
-        if name == "svae":
-            for i, j in enumerate(order):
-                copy(a.encoders[j][old], b.encoders[i][new])
-        else:
-            copy(a.encoders[old], b.encoders[new])
-        if name == "meme":
-            b.pseudo[new].data = a.pseudo[old].data
-    monkeypatch.setattr(torch, "randn", zeros)
-    xs = [torch.linspace(-1, 1, 5 * size).view(5, size) for size in sizes]
-    for hidden in [None, *range(len(sizes))]:
-        seen = [None if m == hidden else x for m, x in enumerate(xs)]
-        assert_close(a.objective(*seen), b.objective(*[seen[k] for k in order]))
-
-
-@MODELS
-def test_a_stream_of_one_modality_moves_exactly_the_parameters_it_should(name):
-    model, found = SCRIPTS[name].MODEL(nets.modalities("glyphs"), 4), set()
-    model.objective(images("glyphs")[0], None).backward()
-    for key, w in model.named_parameters():
-        if w.grad is not None and w.grad.abs().max() > 0:
-            depth = 3 if name == "svae" and "encoders" in key else 2
-            found.add(".".join(key.split(".")[:depth]))
-    encoders = {"encoders.0.0", "encoders.1.0"} if name == "svae" else {"encoders.0"}
-    more = {"meme": {"encoders.1", "pseudo.1"}, "mmvae": {"prior_logvar"}}  # [meme] section 3.3
-    assert found == {"decoders.0"} | encoders | more.get(name, set())
-
-
-@MODELS
-@pytest.mark.parametrize("dataset", ["glyphs", "mnist-split", "mnist-split3"])
-def test_every_pattern_trains_and_every_method_has_its_shapes(name, dataset):
-    modalities = nets.modalities(dataset)
-    model, xs = SCRIPTS[name].MODEL(modalities, 4), images(dataset, 3)
-    for shown in itertools.product([True, False], repeat=len(xs)):
-        if any(shown):
-            part = [x if seen else None for x, seen in zip(xs, shown)]
-            loss, posterior = model([(0.5, part), (1.0, part)]), model.posterior(*part)
-            assert loss.shape == (2,) and loss.isfinite().all()
-            assert posterior.batch_shape == (3,) and posterior.event_shape == (4,)
-            assert posterior.sample().isfinite().all()
-            assert model.log_likelihood(*part, samples=3).shape == (3,)
-    decoded = model.decode(model.prior().sample((5, 2)))
-    assert [tuple(x.shape) for x in decoded] == [(5, 2, *m.shape) for m in modalities]
-    assert all(0 <= x.min() and x.max() <= 1 for x in decoded)
-
-
-@MODELS
-def test_encoders_and_decoders_run_no_more_than_they_must(name):
-    options, rows = ({"samples": 3} if name in ("meme", "mmvae") else {}), {}
-    model = SCRIPTS[name].MODEL(nets.modalities("glyphs"), 4, **options)
-
-    def count(module, args):
-        n = args[0][..., 0].numel() if isinstance(module, nets.Decoder) else 5
-        rows[module] = rows.get(module, 0) + n
-
-    for module in model.modules():
-        if isinstance(module, (nets.Encoder, nets.Joint, nets.Decoder)):
-            module.register_forward_pre_hook(count)
-    model.objective(*images("glyphs", 5))
-    assert max(n for module, n in rows.items() if not isinstance(module, nets.Decoder)) == 5
-    decodings = {"meme": 4, "mmvae": 6, "svae": 2, "vaevae": 1, "mvae": 2}[name]
-    assert max(rows[module] for module in model.decoders) == 5 * decodings
-
-
 # ---------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
     "meme": [dict(explicit="product"), dict(explicit="x"), dict(kl="x"), dict(direction="x7"),
-             dict(samples=0), dict(pseudo_samples=2**31), dict(classifier_scale=math.nan)],
-    "mmvae": [dict(samples=-1), dict(objective="x"), dict(tight=True, objective="elbo"),
-              dict(posterior="x")],
+             dict(samples=0), dict(samples=2**31), dict(pseudo_samples=0),
+             dict(pseudo_samples=2**31), dict(classifier_scale=math.nan)],
+    "mmvae": [dict(samples=0), dict(samples=2**31), dict(objective="x"),
+              dict(tight=True, objective="elbo"), dict(posterior="x")],
     "svae": [dict(objective="x"), dict(experts="x")],
     "vaevae": [dict(objective="x"), dict(variant="x")],
-    "mvae": [dict(subsets=4), dict(subsets=4, sizes=(3, 2, 4)), dict(anneal=-1), dict(experts="x")],
+    "mvae": [dict(subsets=1), dict(subsets=-1), dict(subsets=4, sizes=(3, 2, 4)), dict(anneal=-1),
+             dict(experts="x")],
 }  # fmt: skip
 
 
@@ -660,19 +892,33 @@ def test_options_that_cannot_be_or_would_do_nothing_are_refused(name):
     for options in REFUSED[name]:
         with pytest.raises(ValueError, match=next(iter(options))):
             linear_model(name, **options)
+    if name in ("meme", "mmvae"):
+        assert linear_model(name, samples=2**31 - 1).samples == 2**31 - 1
+
+
+@MODELS
+def test_flags_are_the_constructor_s_arguments_and_defaults(name):
+    flags, signature = argparse.ArgumentParser(), inspect.signature(SCRIPTS[name].MODEL)
+    SCRIPTS[name].options(flags.add_argument)
+    known = {key: p.default for key, p in signature.parameters.items() if p.default is not p.empty}
+    assert vars(flags.parse_args([])) == known
+    for key, default in known.items():
+        typed = [f"--{key.replace('_', '-')}", *([] if default is False else [str(default)])]
+        found = vars(flags.parse_args(typed))[key]
+        assert found == (str(default) if default is None else True if default is False else default)
 
 
 ALL, ONE, TWO = (True, True), (True, False), (False, True)
-THREE, PAIRS = (True,) * 3, [(True, True, False), (True, False, True), (False, True, True)]
+THREE, TWOS = (True,) * 3, [(True, True, False), (True, False, True), (False, True, True)]
 UNTRAINED = [
     ("meme", dict(direction="x0"), [ALL, ONE], [ALL, TWO], "x0"),
     ("svae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("svae", dict(objective="svae"), [ALL], None, ""),
     ("vaevae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("vaevae", dict(objective="svae"), [ALL], None, ""),
-    ("vaevae", dict(objective="svae"), [THREE], PAIRS, "x0 and x1 and x2"),
-    ("vaevae", dict(objective="svae"), [THREE], PAIRS[:2], "x1 and x2"),
-    ("vaevae", dict(objective="svae", variant="a"), PAIRS, None, ""),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS, "x0 and x1 and x2"),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS[:2], "x1 and x2"),
+    ("vaevae", dict(objective="svae", variant="a"), TWOS, None, ""),
 ]
 
 
@@ -701,38 +947,77 @@ def test_bernoulli_is_refused_for_values_that_it_cannot_have():
 # ------------------------------------------------------------------------- networks and likelihoods
 
 
-def test_likelihoods_are_those_of_torch():
-    z, x = torch.randn(3, 4, 5), torch.rand(4, 5)
-    densities = [("normal", Normal(z, 0.3), x), ("laplace", Laplace(z, 0.3), x)]
-    for kind, density, target in [*densities, ("bernoulli", Bernoulli(logits=z), x.round())]:
-        found = nets.log_prob(nets.Modality("x", (5,), None, None, kind, scale=0.3), z, target)
-        assert_close(found, density.log_prob(target).sum(-1))
-    modality = nets.modalities("cub", vocabulary=7)[1]
-    logits, x = torch.randn(2, 1, 32, 7), torch.full((1, 32), nets.PAD)
-    assert (nets.log_prob(modality, logits, x) == 0).all()  # padding is not scored
-    x[0, 3] = 0  # <exc>, which is
-    assert_close(nets.log_prob(modality, logits, x), logits.log_softmax(-1)[:, :, 3, 0])
+def test_likelihoods_and_means_are_those_of_torch():
+    parameter, x = torch.randn(3, 4, 2, 5), torch.rand(4, 2, 5)
+    densities = [("normal", Normal(parameter, 0.3), x), ("laplace", Laplace(parameter, 0.3), x)]
+    for kind, density, x in [*densities, ("bernoulli", Bernoulli(logits=parameter), x.round())]:
+        modality = nets.Modality("x", (2, 5), None, None, kind, weight=9.0, scale=0.3)
+        found = nets.log_prob(modality, parameter, x)
+        assert_close(found, density.log_prob(x).sum((-1, -2)))
+        assert_close(nets.mean(modality, parameter), density.mean)
+        assert nets.log_prob(modality, parameter.bfloat16(), x).dtype == torch.float32
+    with pytest.raises(ValueError, match="none of bernoulli, laplace, normal, categorical"):
+        nets.log_prob(modality._replace(likelihood="x"), parameter, x)
 
 
-def test_scales_are_floored():
-    mu, logvar = nets.gaussian(torch.tensor([[0.0, -200.0], [0.0, 3.0]]))
-    assert (0.5 * logvar).exp()[0] >= 0.999e-3 and logvar[1] == pytest.approx(3.0, abs=1e-4)
+def test_padding_is_not_scored_and_every_other_word_is():
+    modality = nets.modalities("cub", vocabulary=4)[1]
+    logits, x = torch.randn(3, 2, 32, 4), torch.randint(4, (2, 32))
+    each = Categorical(logits=logits).log_prob(x)  # words 0 to 3, of which 1 is <pad>
+    assert_close(nets.log_prob(modality, logits, x), torch.where(x == 1, 0, each).sum(-1))
+    assert_close(nets.mean(modality, logits), logits.softmax(-1))
+
+
+def test_variances_are_floored_smoothly_at_1e_6():
+    h = torch.tensor([[0.5, -1.0, -200.0, 3.0], [2.0, 0.0, -13.0, -14.0]])
+    mu, logvar = nets.gaussian(h.bfloat16())
+    assert mu.dtype == logvar.dtype == torch.float32
+    assert mu.tolist() == h[:, :2].tolist()
+    assert_close(logvar, (1e-6 + h[:, 2:].exp()).log())
 
 
 def test_batchnorm_takes_one_example_and_pseudo_samples_by_its_running_statistics():
-    encode, gradients = nets.modalities("spectra", width=0.001)[0].encoder(3).train(), []
-    u, x = torch.rand(4, 11000, requires_grad=True), torch.rand(6, 11000)
-    state = {k: v.clone() for k, v in encode.state_dict().items()}
-    encode(u, running=True), encode(x[:1])
-    assert same(state, encode.state_dict())
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh())
+    net(5 + torch.randn(6, 3))  # its statistics are not those that it starts with
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    u, x = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
+    by_running, gradients = net.eval()(u), []
+    assert_close(nets.apply(net, u), by_running)
+    nets.apply(net, u[:1])
+    assert not net[1].training
+    net.train()
+    assert_close(nets.apply(net, u[:1]), by_running[:1])
+    assert_close(nets.apply(net, u, running=True), by_running)
+    assert same(state, net.state_dict()) and net[1].training
     for later in (False, True):  # a later batch does not change the gradient of pseudo-samples
-        encode.load_state_dict(state)
-        mu, _ = encode(u, running=True)
+        net.load_state_dict(state)
+        h = nets.apply(net, u, running=True)
         if later:
-            encode(x)  # moves the running statistics before backward
-            assert not same(state, encode.state_dict())
-        gradients.append(torch.autograd.grad(mu.sum(), u)[0])
+            nets.apply(net, x)
+            assert not same(state, net.state_dict())
+        gradients.append(torch.autograd.grad(h.square().sum(), u)[0])
     assert_close(*gradients)
+    net.load_state_dict(state)
+    by_batch = nets.apply(net, x)
+    net.load_state_dict(state)
+    assert_close(by_batch, net(x))
+
+
+def test_networks_are_what_they_are_called():
+    modalities = [m._replace(name="x") for m in nets.modalities("glyphs")]
+    joint, xs = nets.Joint(modalities, 3), images("glyphs", 4)
+    h = [trunk(x) for trunk, x in zip(joint.trunks, xs)]
+    h = torch.cat([(h_m @ layer[0].weight.T + layer[0].bias).relu()
+                   for h_m, layer in zip(h, joint.layers)], 1)  # fmt: skip
+    assert h.shape == (4, 2 * 512)
+    assert_close(joint(xs), nets.gaussian(joint.head(h)))
+    weight, words = torch.randn(7, 128), torch.randint(7, (2, 32))
+    embed, logits = nets.WordEmbedding(weight), nets.WordLogits(nn.Parameter(weight))
+    h = embed(words)
+    assert h.shape == (2, 1, 32, 128) and (h[1, 0, 5] == weight[words[1, 5]]).all()
+    assert_close(embed(100 * nn.functional.one_hot(words, 7).float()), h)
+    nn.init.normal_(logits.bias)
+    assert_close(logits(h), h[:, 0] @ weight.T + logits.bias)
 
 
 def test_likelihoods_and_weights_can_be_chosen_and_are_checked():

@@ -26,6 +26,9 @@ and may have, each used where it is found,
     PAPER                what the papers report: rows (name, model, unpaired, column of the table,
                          numbers at f = 1, 1/2, 1/4, 1/8, 1/16 in one string)
 
+Data with neither views nor evaluate nor correlated, and a user's own arrays, are judged and drawn as
+npz.py has it; what fills in new examples for any run stands there too.
+
 A file here imports data.py and nets.py, never eval.py or a model. oracles.py (classifiers of
-digits) and drawing.py (all of matplotlib) serve all of them.
+digits), drawing.py (all of matplotlib) and tables.py (metrics as text) serve all of them.
 """

@@ -14,11 +14,16 @@ from benchmarks import oracles
 
 
 ORACLE_STEPS = {"grey": 200, "colour": 200}
+# red, yellow, green, cyan, blue, magenta: each is three places from its opposite
+HUES = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]]).float()
 
 
 def load(name, root):
     """Grey 1x28x28 and coloured 3x32x32 images of the same digit, 10,000 + 2,000. Nothing is read
-    from `root`."""
+    from `root`.
+
+    The ink has one of six hues, whatever the digit, and the dark paper the opposite one.
+    """
     train, test = glyphs(10_000, seed=0), glyphs(2_000, seed=1)
     return data.Dataset(name, train, test, {"name": "glyphs"}, ("grey", "colour"))
 
@@ -56,8 +61,10 @@ def glyphs(n, seed):
 
     labels = torch.randint(10, (n,), generator=generator)
     grey, shape = warped(labels, 28), warped(labels, 32)
-    ink, paper = uniform(0.6, 1, 3, 1, 1), uniform(0, 0.3, 3, 1, 1)
-    colour = paper + (ink - paper) * shape
+    hue = torch.randint(6, (n,), generator=generator)
+    ink = 0.25 + 0.75 * HUES[hue].view(n, 3, 1, 1)
+    paper = 0.03 + 0.25 * HUES[(hue + 3) % 6].view(n, 3, 1, 1)
+    colour = uniform(0.85, 1, 1, 1, 1) * (paper + (ink - paper) * shape)
     colour = colour + 0.02 * torch.randn(colour.shape, generator=generator)
     bases = [(255 * x.clamp(0, 1)).round().byte() for x in (grey, colour)]
     return data.Split(bases, labels=labels)

@@ -132,7 +132,7 @@ class GaussianProcess(nn.Module):
         """Nats, for a batch of n training images; samples: of f."""
         mean, std = self(h)
         f = mean + std * torch.randn(samples, *mean.shape, device=h.device)  # (K, B, C)
-        log_p = f.log_softmax(-1).mean(0)[torch.arange(len(y)), y].mean()
+        log_p = f.log_softmax(-1).mean(0).gather(1, y[:, None]).mean()
         root = self.root.tril()
         log_det = root.diagonal(dim1=1, dim2=2).abs().log().sum()
         kl = 0.5 * ((self.mean**2).sum() + (root**2).sum() - self.mean.numel()) - log_det
@@ -145,7 +145,7 @@ class GaussianProcess(nn.Module):
         self.log_length.data = torch.pdist(chosen).median().clamp_min(1).log()
         optimizer = torch.optim.Adam(self.parameters(), 0.01)
         for _ in range(steps):
-            index = torch.randint(len(h), (batch_size,))
+            index = torch.randint(len(h), (batch_size,), device=h.device)
             loss = -self.elbo(h[index], y[index], len(h)) / len(h)
             optimizer.zero_grad()
             loss.backward()
@@ -175,7 +175,7 @@ def train_oracle(split, view, steps, seed=0, batch_size=128):
         optimizer = torch.optim.AdamW(member.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
         for _ in range(steps):
-            index = torch.randint(len(split), (batch_size,))
+            index = torch.randint(len(split), (batch_size,), device=device)
             loss = F.cross_entropy(member(worn(view(split[index]))), split.labels[index])
             optimizer.zero_grad()
             loss.backward()

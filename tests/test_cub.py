@@ -1,12 +1,16 @@
 """CUB: photos, captions, features and their cache; word vectors, what is judged and drawn."""
 
+import itertools
+import math
 import shutil
 import tarfile
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -26,6 +30,7 @@ def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
     assert x[0].tolist() == [0, 3, 2] + [1] * 29
     assert x[1].tolist() == [4] * 31 + [2]
     assert cub.caption_text(x[0], words) == "<exc> bird"
+    assert cub.caption_text([4, 3], words) == "owl bird"  # without an end
 
 
 @pytest.mark.parametrize("layout", [shi, originals])
@@ -215,29 +220,123 @@ def sentences(n):
     return cub.encode_captions(captions, words), words
 
 
-def test_word_vectors_of_words_in_the_same_company_are_alike():
-    tokens, words = sentences(2000)
-    vectors = cub.word_vectors(tokens, words, dim=20)
-    unit = dict(zip(words[3:], vectors[3:] / np.linalg.norm(vectors[3:], axis=1, keepdims=True)))
-    assert unit["red"] @ unit["blue"] > unit["red"] @ unit["grey"]
-    assert unit["tail"] @ unit["eye"] > unit["tail"] @ unit["beak"]
-    assert not vectors[:3].any()
-    assert np.array_equal(vectors, cub.word_vectors(tokens, words, dim=20))
+def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters_numbered_as_they_occur():
+    grams = {
+        "wing": "<wing> <wi <win <wing ing ing> ng> win wing wing>",
+        "a": "<a>",
+        "feathers": "<feathers> <fe <fea <feat <feath ath athe ather athers eat eath eathe eather "
+        "ers ers> fea feat feath feathe hers hers> her rs> the ther thers thers>",
+    }
+    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", *grams])
+    expected, index = torch.zeros(6, 10 + 1 + 27), {}
+    for row, text in enumerate(grams.values(), 3):
+        whole, *others = text.split()
+        for gram in (whole, *sorted(others)):
+            expected[row, index.setdefault(gram, len(index))] = 1
+    assert torch.equal(units.to_dense(), expected)
+    assert torch.equal(transposed.to_dense(), expected.t())
+    shared = cub.character_ngrams(["wing", "wings"])[0].to_dense()
+    assert (shared @ shared.T).tolist() == [[10, 6], [6, 15]]  # <wi <win <wing win wing ing
 
 
-def test_units_are_the_word_and_its_ngrams():
-    units, transposed = cub.character_ngrams(["<exc>", "<pad>", "<eos>", "beak", "a"])
-    dense = units.to_dense()
-    # <beak>: 4 of 3 letters, 3 of 4, 2 of 5, and itself; <a> is its only one
-    assert dense.sum(1).tolist() == [0, 0, 0, 10, 1] and dense.max() == 1
-    assert torch.equal(transposed.to_dense(), dense.t())
+def skipgram_draws(captions, draws=10, seed=0):
+    """Sentences as word2vec sees them: frequent words dropped at random. -> lists of words"""
+    words = [w for caption in captions.tolist() for w in caption if w > 2]  # 0 to 2: specials
+    count, generator = Counter(words), torch.Generator().manual_seed(seed)
+    for _ in range(draws):
+        chance = iter(torch.rand(len(words), generator=generator).tolist())
+        for caption in captions.tolist():
+            kept = []
+            for w in (w for w in caption if w > 2):
+                t = 1e-3 * len(words) / count[w]
+                if next(chance) < math.sqrt(t) + t:  # word2vec.c
+                    kept.append(w)
+            yield kept
 
 
-def test_skipgram_counts_are_those_of_the_window():
-    x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1]])
-    pairs, frequency = cub.skipgram_counts(x, 8, window=3, sample=1e9)
+def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
+    x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1], [3, 0, 3, 4, 4, 3, 2, 1]])
+    pairs, frequency = cub.skipgram_counts(x.repeat(20, 1), 9)
+    expected = torch.zeros(9, 9).double()
+    for kept in skipgram_draws(x.repeat(20, 1)):
+        for at, distance in itertools.product(range(len(kept)), (1, 2, 3)):
+            if distance <= at:  # a window of 1, 2 or 3, each as often, reaches it
+                one, other = kept[at], kept[at - distance]
+                expected[one, other] += (4 - distance) / 3 / 10  # of 10 draws
+                expected[other, one] += (4 - distance) / 3 / 10
+    assert expected.sum() > 4 and torch.allclose(pairs, expected)
+    assert frequency.tolist() == [0, 0, 0, 80, 60, 20, 20, 20, 0]
+    pairs, _ = cub.skipgram_counts(x[:1], 8, sample=1e9)  # all are kept
     assert torch.allclose(pairs[3], torch.tensor([0, 0, 0, 0, 1, 2 / 3, 1 / 3, 0]).double())
-    assert torch.equal(pairs, pairs.t()) and frequency.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("total, steps", [(8000.5, 3), (7998.5, 2), (90, 1)])
+def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(total, steps, monkeypatch):
+    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j), m_ij = 5 (Σ_k n_ik) p_j, p_j ∝ frequency^.75"""
+    tokens, words = sentences(60)
+    v, rng, asked = len(words), np.random.default_rng(0), []
+    often = np.concatenate([[0, 0, 0], np.logspace(0, 2, v - 3)])
+    n = torch.from_numpy(np.outer(often, often) * rng.random((v, v)))
+    n, frequency = total * (n + n.T) / (n + n.T).sum(), torch.from_numpy(rng.permutation(often) + 1)
+    frequency[:3] = 0
+
+    def counts(captions, n_words, window, draws, seed):
+        asked.append((captions is tokens, n_words, window, draws, seed))
+        return n, frequency
+
+    monkeypatch.setattr(cub, "skipgram_counts", counts)
+    found = cub.word_vectors(tokens, words)
+    assert asked == [(True, v, 3, 10, 0)] and found.dtype == np.float32 and not found[:3].any()
+    m = 5 * n.sum(1, keepdim=True) * frequency**0.75 / (frequency**0.75).sum()
+    units = cub.character_ngrams(words)[0].to_dense().double()
+    share = units / units.sum(1, keepdim=True).clamp(min=1)
+    generator = torch.Generator().manual_seed(0)
+    e = (2 * torch.rand(units.shape[1], 300, generator=generator).double() - 1) / 300
+    o = torch.zeros(v, 300).double()
+    for step in range(10 * steps):  # 10 epochs, steps of up to 4,000 pairs
+        h, o = (share @ e).requires_grad_(), o.detach().requires_grad_()
+        objective = n * F.logsigmoid(h @ o.T) + m * F.logsigmoid(-h @ o.T)
+        grad_h, grad_o = torch.autograd.grad(objective.sum(), (h, o))
+        rate = 0.025 * (1 - step / (10 * steps)) / steps
+        # as by 160 pairs at most; every unit of a word takes the whole step
+        e += units.T @ (grad_h * (4 / (n + m).sum(1)[:, None]).clamp(max=rate))
+        o = o + grad_o * (4 / (n + m).sum(0)[:, None]).clamp(max=rate)
+    assert np.allclose(found, share @ e, atol=1e-4)
+
+
+def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
+    """Skip-gram with negatives as it is usually written: pair by pair, word by word."""
+    rng, units = np.random.default_rng(0), cub.character_ngrams(words)[0].to_dense().numpy()
+    of = [np.flatnonzero(row) for row in units]
+    e = (2 * rng.random((units.shape[1], dim)) - 1) / dim
+    o = np.zeros((len(words), dim))
+    frequency = tokens.flatten().bincount(minlength=len(words)).double().numpy() ** 0.75
+    frequency[:3] = 0
+    bounds = np.cumsum(frequency / frequency.sum())
+    texts = list(skipgram_draws(tokens, draws=epochs))
+    for done, kept in enumerate(texts):
+        for at, width in enumerate(rng.integers(1, 4, len(kept))):
+            for other in kept[max(0, at - width) : at] + kept[at + 1 : at + width + 1]:
+                h = e[of[kept[at]]].mean(0)
+                drawn = np.append(other, np.searchsorted(bounds, rng.random(negative)))
+                is_true = np.arange(negative + 1) == 0
+                step = lr * (1 - done / len(texts)) * (is_true - 1 / (1 + np.exp(-o[drawn] @ h)))
+                step_h = step @ o[drawn]
+                np.add.at(o, drawn, step[:, None] * h)
+                e[of[kept[at]]] += step_h
+    return np.stack([e[row].mean(0) if len(row) else np.zeros(dim) for row in of])
+
+
+def test_word_vectors_lie_as_those_of_skipgram_with_five_sampled_negatives():
+    tokens, words = sentences(40)
+    options = dict(dim=8, epochs=600, lr=0.2)  # small steps, in which samples are as expected
+    found, sampled = (
+        cub.word_vectors(tokens, words, **options),
+        sampled_vectors(tokens, words, **options),
+    )
+    one, two = (x[3:] / np.linalg.norm(x[3:], axis=1, keepdims=True) for x in (found, sampled))
+    # .07 between two samples; .25 with one negative in place of five, .75 with none
+    assert np.abs(one @ one.T - two @ two.T).mean() < 0.15
 
 
 def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypatch):
@@ -261,9 +360,93 @@ def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypa
 def test_sentence_vectors_average_the_words_before_the_end():
     words = ["<exc>", "<pad>", "<eos>", "red", "blue"]
     vectors = np.array([[9.0], [9], [9], [1], [3]])
-    tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4]])
+    tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4], [4, 2, 1, 1]])
     x = cub.sentence_vectors(tokens, words, vectors)
-    assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3])
+    assert np.allclose(x[:, 0], [2, 1, 0, 7 / 3, 3])
+
+
+class Turned(nn.Module):
+    """Seen an image or a caption, it samples z, and decodes what z says; its means are nonsense."""
+
+    def __init__(self, n_words):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.n_words, self.drawn, self.seen = n_words, [], []
+
+    def posterior(self, image, caption):
+        self.seen.append(len(caption if image is None else image))
+        z = caption[:, :1] + 20.0 if image is None else image[:, :1]
+        return types.SimpleNamespace(sample=lambda: z, mean=-z)
+
+    def prior(self):
+        def sample(shape):
+            self.drawn.append(shape[0])
+            return torch.arange(shape[0])[:, None] + 100.0 * len(self.drawn)
+
+        return types.SimpleNamespace(sample=sample)
+
+    def decode(self, z):
+        says = (z.long() + torch.arange(4)) % self.n_words  # the first of four words is z's
+        return [z.repeat(1, 5), nn.functional.one_hot(says, self.n_words).float()]
+
+
+def test_each_test_pair_is_generated_the_other_way_round_from_a_sample():
+    index = torch.arange(600)
+    bases = [torch.arange(60.0)[:, None], torch.stack([(7 * index) % 11 + 3] * 4, 1)]
+    split = data.Split(bases, [index // 10, index])
+    model = Turned(n_words=70)
+    features, captions = cub.cross_generate(model, split)
+    assert torch.equal(torch.from_numpy(features), bases[1][:, :1].repeat(1, 5) + 20.0)
+    assert captions[:, 0].tolist() == (index // 10).tolist() and captions[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert model.seen == [256, 256, 256, 256, 88, 88]
+    features, captions = cub.joint_generate(model)
+    assert model.drawn == [250] * 4 and features.shape == (1000, 5) and captions.shape == (1000, 4)
+    assert (features[:, 0] % 70 == captions[:, 0]).all() and features[[0, 999], 0].tolist() == [
+        100,
+        649,
+    ]
+    assert len(cub.joint_generate(model, 7, 5)[0]) == 7 and model.drawn[4:] == [5, 2]
+
+
+def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generated(tmp_path):
+    words = [*cub.SPECIALS, *"abcdefg"]
+    rng, splits = np.random.default_rng(0), []
+    for n in (4, 2):
+        bases = [torch.from_numpy(rng.random((n, 3), "f4")), torch.randint(3, 10, (10 * n, 4))]
+        splits.append(data.Split(bases, [torch.arange(10 * n) // 10, torch.arange(10 * n)]))
+    dataset = data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
+    (tmp_path / "cub").mkdir()
+    (train_x, fit_y), found = cub.correlated(Turned(10), dataset, tmp_path, samples=7)
+    vectors = cub.cached_word_vectors(tmp_path, dataset.train.bases[1], words)
+
+    def embed(tokens):
+        return cub.sentence_vectors(tokens, words, vectors)
+
+    (x, y), (test_x, test_y) = (split[torch.arange(len(split))] for split in splits)
+    assert np.array_equal(train_x, x) and np.array_equal(fit_y, embed(y))
+    features, captions = cub.cross_generate(Turned(10), dataset.test)
+    joint_x, joint_y = cub.joint_generate(Turned(10), 7)
+    expected = {
+        "image->caption": (test_x, embed(captions)),
+        "caption->image": (features, embed(test_y)),
+        "joint": (joint_x, embed(joint_y)),
+        "truth": (test_x, embed(test_y)),
+    }
+    assert list(found) == list(expected)
+    for name, (a, b) in expected.items():
+        assert np.array_equal(found[name][0], a) and np.array_equal(found[name][1], b)
+
+
+def test_the_nearest_photo_is_the_euclidean_one():
+    features, photos = torch.randn(1100, 3), torch.randn(40, 3) * torch.tensor([1, 2, 9])
+    distances = ((features[:, None] - photos) ** 2).sum(-1)
+    found = cub.nearest_photos(features.numpy(), photos.numpy())
+    assert (found == distances.argmin(1).numpy()).all()
 
 
 class Faithful(nn.Module):
@@ -293,50 +476,6 @@ class Faithful(nn.Module):
         return [self.image[at], nn.functional.one_hot(self.caption[at], self.n_words).float()]
 
 
-def planted_birds(n):
-    """Features are a noisy linear map of the word counts of the photo's ten captions."""
-    names = [f"{a}{b}" for a in ("ruf", "cer", "ash", "oli", "jet") for b in ("ous", "ine", "en")]
-    rng, words, splits = np.random.default_rng(0), None, []
-    map_ = rng.normal(size=(len(names), 128))
-    for photos in (n, n // 3):
-        kinds = rng.dirichlet(np.full(len(names), 0.3), photos)
-        drawn = np.stack([rng.choice(len(names), (10, 8), p=kind) for kind in kinds])
-        x = np.eye(len(names))[drawn].sum((1, 2)) / 10 @ map_  # (photos, 128)
-        x += 0.3 * x.std() * rng.normal(size=x.shape)
-        captions = [[names[i] for i in caption] for caption in drawn.reshape(-1, 8)]
-        words, index = words or cub.vocabulary(captions), torch.arange(10 * photos)
-        bases = [torch.from_numpy(x.astype("f4")), cub.encode_captions(captions, words)]
-        splits.append(data.Split(bases, [index // 10, index]))
-    return data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
-
-
-def test_the_true_correlation_of_a_planted_set_is_far_above_that_of_shuffles(tmp_path):
-    dataset = planted_birds(150)
-    (tmp_path / "cub").mkdir()
-    models = Faithful(dataset), Faithful(dataset, reads=False)
-    found, unread = (evaluation.evaluate(m, dataset, {}, root=tmp_path) for m in models)
-    found, unread = found["correlation"], unread["correlation"]
-    assert list(found) == ["image->caption", "caption->image", "joint", "truth"]
-    vectors = cub.cached_word_vectors(tmp_path, dataset.train.bases[1], dataset.words)
-
-    def real(split):
-        image, caption = split[torch.arange(len(split))]
-        return image.numpy(), cub.sentence_vectors(caption, dataset.words, vectors)
-
-    fit, (image, caption) = evaluation.cca(*real(dataset.train), k=40), real(dataset.test)
-    assert found["truth"] == pytest.approx(evaluation.correlation(fit, image, caption).mean())
-    x, y = (image - fit.mean_x) @ fit.wx, (caption - fit.mean_y) @ fit.wy
-    x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
-    generator = np.random.default_rng(0)
-    shuffles = [(x * y[generator.permutation(len(y))]).sum(1).mean() for _ in range(1000)]
-    assert found["truth"] > np.percentile(shuffles, 99) + 0.1
-    # this model gives a true caption of the photo, and the true photo of the caption
-    assert found["caption->image"] == pytest.approx(found["truth"])
-    assert found["image->caption"] == pytest.approx(found["truth"], abs=0.1)
-    assert found["joint"] == pytest.approx(found["truth"], abs=0.1)
-    assert unread["image->caption"] == found["image->caption"] > unread["caption->image"] + 0.1
-
-
 def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):
     shi(tmp_path)
     cub.prepare_cub(tmp_path, "none")
@@ -348,10 +487,3 @@ def test_the_figure_shows_the_nearest_training_photo(tmp_path, small_net):
     run = evaluation.Run(tmp_path, args, 0, 0.0, Faithful(dataset))
     cub.draw(run, dataset, tmp_path, tmp_path / "cub.png", n=2)
     assert Image.open(tmp_path / "cub.png").size[0] > 800
-
-
-def test_relatedness_compares_different_photos_only():
-    dataset = planted_birds(9)
-    d, index = evaluation.distances(Faithful(dataset), dataset.test, 0, 1, n=3)
-    assert len(dataset.test.rows[0][index].unique()) == 3
-    assert np.allclose(d.diagonal(), 0) and (d[~np.eye(3, dtype=bool)] >= 10).all()

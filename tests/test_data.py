@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import math
 import tarfile
 
 import numpy as np
@@ -15,26 +14,119 @@ from benchmarks.glyphs import glyphs
 from helpers import MOLECULES, archive, offline, record, shi, tiny
 
 AB = "a", "b"
-EXTRA = {"split": [250, 250], "b": [500], "all": [1000, 1000], "rest": [500, 500], "none": []}
 
 
-@pytest.mark.parametrize("unpaired", EXTRA)
-def test_pairing_counts(unpaired):
-    streams, again, other = (data.pairing(1000, AB, 0.5, unpaired, seed=k) for k in (1, 1, 2))
-    assert [len(index) for _, index in streams] == [500, *EXTRA[unpaired]]
-    assert streams[0][0] == (True, True) and all(sum(mask) == 1 for mask, _ in streams[1:])
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(streams, again))
-    assert not torch.equal(streams[0][1], other[0][1])
-    rest = torch.cat([index for _, index in streams[1:]] or [torch.empty(0)])
-    assert torch.isin(rest, streams[0][1]).any() == (unpaired == "all")
+def test_who_is_paired_is_drawn_at_random_and_the_rest_is_shared_out():
+    names, whole, rest = ("a", "b", "c"), set(), set(range(20))
+    alone = [(True, False, False), (False, True, False), (False, False, True)]
+    for unpaired in ("split", "rest", "all", "c", "none"):
+        (shown, index), *others = data.pairing(20, names, 0.36, unpaired)  # 7.2 of 20: 7
+        assert shown == (True,) * 3 and len(set(index.tolist())) == 7
+        whole, sets = set(index.tolist()), [set(index.tolist()) for _, index in others]
+        rest = set(range(20)) - whole
+        assert [shown for shown, _ in others] == {"c": alone[2:], "none": []}.get(unpaired, alone)
+        if unpaired == "split":
+            assert [len(part) for part in sets] == [5, 4, 4] and set.union(*sets) == rest
+        else:
+            assert all(part == (set(range(20)) if unpaired == "all" else rest) for part in sets)
+    drawn = [data.pairing(20, names, 0.2, "none", seed=k)[0][1] for k in range(200)]
+    often = torch.cat(drawn).bincount(minlength=20)
+    assert often.min() > 20 and often.max() < 65  # each of the 20 in a fifth of the 200: 40
+    default = data.pairing(20, names)
+    assert len(default) == 1 and torch.equal(default[0][1], torch.randperm(20, generator=zero()))
+    assert [len(i) for _, i in data.pairing(20, AB, 0.5)] == [10, 5, 5]  # split
+    assert len(data.pairing(2, names, 0.5)) == 2  # a stream without an example is none
 
 
-def test_a_mask_of_the_data_makes_its_patterns_the_streams():
+def zero():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    "paired, unpaired, match",
+    [
+        (0, "split", "paired is the fraction"),
+        (-0.1, "split", "paired is the fraction"),
+        (1.01, "split", "paired is the fraction"),
+        (0.5, "c", "one of a, b, not 'c'"),
+        (0.04, "split", "0.04 of 10 examples leaves none"),
+    ],
+)
+def test_a_pairing_that_cannot_be_is_refused(paired, unpaired, match):
+    with pytest.raises(ValueError, match=match):
+        data.pairing(10, AB, paired, unpaired)
+
+
+def test_a_mask_of_the_data_makes_its_patterns_the_streams_the_fullest_first():
     mask = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]]).bool()
-    streams = {shown: index.tolist() for shown, index in data.pairing(4, AB, mask=mask)}
-    assert streams == {(True, True): [0, 2], (False, True): [1], (True, False): [3]}
+    streams = data.pairing(4, AB, mask=mask)
+    assert streams[0][0] == (True, True) and streams[0][1].tolist() == [0, 2]
+    assert {shown: index.tolist() for shown, index in streams[1:]} == {
+        (False, True): [1],
+        (True, False): [3],
+    }
+    every = list(itertools.product((False, True), repeat=6))[1:]
+    found = [shown for shown, _ in data.patterns(torch.tensor(every))]
+    assert found == sorted(every, key=lambda shown: -sum(shown))
     with pytest.raises(ValueError, match="example 1"):
-        data.pairing(2, AB, mask=torch.tensor([[1, 0], [0, 0]]).bool())
+        data.pairing(3, AB, mask=torch.tensor([[1, 0], [0, 0], [0, 1]]).bool())
+
+
+def of_sizes(*sizes):
+    return [((True, True), torch.arange(n)) for n in sizes]
+
+
+@pytest.mark.parametrize(
+    "sizes, batch_size, sampling, expected",
+    [
+        ((30, 50, 20), 10, "natural", ([3, 5, 2], 10)),  # 10 n_i / 100
+        ((30, 51, 20), 10, "natural", ([3, 5, 2], 11)),  # 101 / 10, rounded up
+        ((1, 99), 10, "natural", ([1, 10], 10)),  # at least one
+        ((3, 5), 20, "natural", ([3, 5], 1)),  # at most all
+        ((1, 98), 64, "natural", ([1, 63], 2)),
+        ((3, 41, 8), 8, "balanced", ([3, 8, 8], 6)),  # 41 / 8, rounded up
+    ],
+)
+def test_the_shares_of_a_step(sizes, batch_size, sampling, expected):
+    assert data.shares(of_sizes(*sizes), batch_size, sampling) == expected
+
+
+def test_a_split_holds_its_bases_once_and_shows_them_as_numbers():
+    bases = [torch.tensor([[0], [51], [255]]).byte(), torch.tensor([[True], [False]])]
+    bases.append(torch.tensor([[7], [8], [9]]))
+    rows = [torch.tensor([2, 1, 1, 0]), torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 2, 0])]
+    split = data.Split(bases, rows, torch.tensor([5, 6, 7, 8]))
+    assert len(split) == 4
+    x, bits, words = split[torch.tensor([0, 1, 3])]
+    assert torch.equal(x, torch.tensor([[1], [0.2], [0]])) and x.dtype == torch.float32
+    assert torch.equal(bits, torch.tensor([[0.0], [1], [1]])) and bits.dtype == torch.float32
+    assert words.tolist() == [[7], [8], [7]] and words.dtype == torch.int64
+    few = split.first(2)
+    assert len(few) == 2 and [r.tolist() for r in few.rows] == [[2, 1], [1, 0], [0, 1]]
+    assert few.labels.tolist() == [5, 6] and few.bases[0] is bases[0]
+    shown = data.show(split, (False, True, False), torch.tensor([0, 2]))
+    assert shown[0] is None and shown[2] is None and shown[1].tolist() == [[0], [1]]
+    assert [x.tolist() for x in data.Split(iter(bases), iter(rows))[0]] == [[1], [0], [7]]
+    bare = data.Split(iter(bases[::2]))
+    assert len(bare) == 3 and bare.first(2).labels is None and bare.to("meta").labels is None
+    assert bare[torch.tensor([2])][1].tolist() == [[9]]
+    away = split.to("meta")
+    for there, here in zip((*away.bases, *away.rows, away.labels), (*bases, *rows, split.labels)):
+        assert there.device.type == "meta"
+        assert (there.shape, there.dtype) == (here.shape, here.dtype)
+
+
+def test_observed_takes_different_examples_spread_over_the_rows_of_what_is_shown():
+    bases = [torch.arange(10.0)[:, None], 100 + torch.arange(40.0)[:, None]]
+    rows = [torch.arange(40) // 4, torch.arange(40)]  # four examples share a row of the first
+    split = data.Split(bases, rows)
+    streams = [((True, True), torch.arange(8, 16)), ((True, False), torch.arange(20, 40))]
+    # shown are the first's rows 2, 3, 5, 6, 7, 8, 9 and the second's 8 to 15
+    a, b = data.observed(split, streams, 4)
+    assert a.flatten().tolist() == [2, 5, 7, 9] and b.flatten().tolist() == [108, 110, 112, 115]
+    a, b = data.observed(split, streams, 100)
+    assert a.flatten().tolist() == [2, 3, 5, 6, 7, 8, 9] and len(b) == 8
+    assert len(data.observed(split, streams[1:], 3)[1]) == 0  # the second is never shown
 
 
 def epoch(n, paired, unpaired, size, sampling, rank=0, world=1, seed=0):
@@ -72,12 +164,50 @@ def test_ranks_share_a_step_out_without_loss(sampling):
             assert mean == pytest.approx(weight * xs[m].mean().item(), rel=1e-5)
 
 
+def test_a_stream_that_runs_out_is_shuffled_again_and_its_order_is_the_generator_s():
+    def drawn(seed, sampling="natural", **rank):  # 3 paired, in passes of 3; 9 alone
+        steps = epoch(12, 0.25, "a", 4, sampling, seed=seed, **rank)
+        for stream in range(2):
+            xs = [step[stream][1][0].flatten() for step in steps]
+            assert len({len(x) for x in xs}) == 1 or sampling == "balanced"
+            yield torch.cat(xs).int().tolist()
+
+    whole, alone = drawn(0)
+    pairs = data.pairing(12, AB, 0.25, "a")[0][1].tolist()
+    assert sorted(whole) == sorted(pairs) and sorted(alone) == sorted(set(range(12)) - set(pairs))
+    assert [whole, alone] == list(drawn(0)) != list(drawn(1))
+    torch.manual_seed(1)
+    assert [whole, alone] == list(drawn(0))
+    whole, alone = drawn(0, "balanced")
+    assert len(whole) == 9 and all(sorted(whole[k : k + 3]) == sorted(pairs) for k in (0, 3, 6))
+    assert len({tuple(whole[k : k + 3]) for k in (0, 3, 6)}) > 1  # not the same order again
+    assert sorted(alone) == sorted(set(range(12)) - set(pairs))
+
+
+def test_the_ranks_are_dealt_a_step_like_cards():
+    split, streams = (
+        tiny(20),
+        [((True, True), torch.arange(7)), ((True, False), torch.arange(7, 20))],
+    )
+    ranks = [data.batches(split, streams, 20, "natural", zero(), k, 3) for k in range(3)]
+    (one,) = data.batches(split, streams, 20, "natural", zero())
+    order = torch.cat([xs[0] for _, xs in one]).flatten().tolist()
+    for rank, (step,) in enumerate(ranks):
+        assert torch.cat([xs[0] for _, xs in step]).flatten().tolist() == order[rank::3]
+        for (weight, xs), n in zip(step, (7, 13)):  # n / 20, three ranks, its part of the n
+            assert weight == pytest.approx(n / 20 * 3 * len(xs[0]) / n)
+    (default,) = data.batches(split, streams, 20)
+    assert [weight for weight, _ in default] == [7 / 20, 13 / 20]
+
+
 @pytest.mark.parametrize(
     "case", [(10, 1, "split", 8, "balanced"), (9, 1 / 3, "split", 4, "natural")]
 )
 def test_a_rank_without_an_example_gets_one_of_no_weight(case):
     for parts in zip(*(epoch(*case, rank, 4) for rank in range(4)), strict=True):
         assert all(parts)
+        for _, xs, shown in (entry for part in parts for entry in part if entry[0] == 0):
+            assert shown == (True, True) and len(xs[0]) == 1
         assert sum(w for part in parts for w, _, _ in part) / 4 == pytest.approx(1)
 
 
@@ -86,15 +216,10 @@ def test_balanced_sampling_is_one_pass_over_the_largest_stream():
     sizes = [[len(xs[shown.index(True)]) for _, xs, shown in step] for step in steps]
     assert sizes == [[2, 4, 4], [2, 4, 4], [2, 2, 2]]
     assert all(weight == 1 for step in steps for weight, _, _ in step)
+    uneven = data.batches(tiny(10), of_sizes(10, 5), 4, "balanced")
+    assert [[len(xs[0]) for _, xs in step] for step in uneven] == [[4, 4], [4, 4], [2, 4]]
     seen = torch.cat([step[1][1][0] for step in steps])
     assert seen.flatten().sort()[0].tolist() == list(range(10))
-
-
-def test_what_a_mask_hides_is_never_read():
-    hidden = data.Split([torch.zeros(4, 1), torch.full((4, 1), math.nan)])
-    for step in data.batches(hidden, [((True, False), torch.arange(4))], 2):
-        for _, xs in step:
-            assert xs[1] is None and xs[0].isfinite().all()
 
 
 def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
@@ -104,6 +229,20 @@ def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
     for x, y, shape in zip(a.train[index], b[index], shapes, strict=True):
         assert x.shape == (50, *shape) and torch.equal(x, y) and 0 <= x.min() and x.max() <= 1
     assert set(a.train.labels.tolist()) == set(range(10))
+
+
+def test_glyphs_have_six_hues_on_dark_opposites_that_say_nothing_of_the_digit():
+    split = glyphs(4000, seed=3)
+    x = split[torch.arange(4000)][1].flatten(2)  # (n, 3, 1024)
+    ink, paper = x.quantile(0.97, -1), x.quantile(0.03, -1)  # of each channel
+    assert paper.max() < 0.35 and ink.amax(1).min() > 0.8 and ink.amin(1).max() < 0.4
+    hue = ((ink > 0.6) * torch.tensor([1, 2, 4])).sum(1)
+    assert ((paper > 0.15) * torch.tensor([1, 2, 4])).sum(1).equal(7 - hue)
+    table = torch.zeros(10, 8).index_put_((split.labels, hue), torch.ones(4000), accumulate=True)
+    table = table[:, 1:7]
+    expected = table.sum(1, keepdim=True) * table.sum(0) / 4000
+    assert table.sum() == 4000 and table.min() > 30
+    assert ((table - expected) ** 2 / expected).sum() < 95  # 45 degrees of freedom: p < 1e-4
 
 
 def test_pairs_of_mnist_and_svhn_show_the_same_digit(small_root):

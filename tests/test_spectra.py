@@ -31,6 +31,7 @@ def test_sparse_rows_equal_the_dense_matrix():
     for rows in (*lists, slice(2, 7), slice(None), torch.arange(9) % 2 == 0, 5, torch.tensor(5)):
         assert sparse[rows].equal(dense[rows]) and sparse.to("cpu")[rows].equal(dense[rows])
     assert sparse_of(np.zeros((3, 7), np.float32))[torch.tensor([2, 1])].equal(torch.zeros(2, 7))
+    assert sparse_of(np.zeros((0, 7), np.float32)).shape == (0, 7)
 
 
 @pytest.mark.parametrize("between", ["\n", "", "\r\n\n"])
@@ -98,6 +99,20 @@ def test_peaks_are_binned_added_and_square_rooted():
         assert values == pytest.approx([0.5, 1, 0.2])
         assert bins.dtype == np.int16 and values.dtype == np.float32
     assert len(spectra.bin_peaks(outside)[0]) == 0
+    (low, high), values = spectra.bin_peaks(
+        np.array([[100.05, 0.09], [100.1, 0.36], [100.19, 0.64]])
+    )
+    assert (low, high) == (1000, 1001) and values == pytest.approx([0.3, 1])  # √(.09 / 1)
+    assert len(spectra.bin_peaks(np.array([[7.0, 1e-300], [8, 9e299], [9, 1e300]]))[0]) == 2
+
+
+def test_a_compound_is_the_first_block_of_its_inchikey_or_of_its_smiles():
+    assert spectra.compound_of("LFQSCWFLJHTTHZ-UHFFFAOYSA-N", "not read") == "LFQSCWFLJHTTHZ"
+    assert spectra.compound_of("LFQSCWFLJHTTHZ", "not read") == "LFQSCWFLJHTTHZ"
+    pytest.importorskip("rdkit")
+    for bad in (None, "", "lfqscwfljhtthz-A", "LFQSCWFLJHTTHZZ"):
+        assert spectra.compound_of(bad, "CCO") == "LFQSCWFLJHTTHZ"
+    assert spectra.compound_of("", "C1CC(") == ""
 
 
 # ---------------------------------------------------------------------------------------- preparing
@@ -113,11 +128,13 @@ def test_without_rdkit_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
 def test_fingerprints_have_2149_bits_and_no_stereochemistry(capfd):
     pytest.importorskip("rdkit")
     from rdkit import Chem
-    from rdkit.Chem import AllChem
+    from rdkit.Chem import AllChem, MACCSkeys
 
     bits = spectra.fingerprint("c1ccccc1O")
     assert bits.shape == (167 + 1982,) and bits.dtype == bool
     assert bits[162] and bits[165]  # MACCS: aromatic, a ring
+    keys = MACCSkeys.GenMACCSKeys(Chem.MolFromSmiles("c1ccccc1O"))
+    assert np.array_equal(np.flatnonzero(bits[:167]), list(keys.GetOnBits()))
     old = AllChem.GetMorganFingerprintAsBitVect(Chem.MolFromSmiles("c1ccccc1O"), 2, nBits=1982)
     assert np.array_equal(np.flatnonzero(bits[167:]), list(old.GetOnBits()))
     left, right = (spectra.fingerprint(s) for s in ("C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"))
@@ -264,25 +281,63 @@ def test_a_prepared_file_that_is_damaged_or_missing_says_how_to_make_it(source, 
 def test_cross_entropy_and_tanimoto_equal_their_formulas():
     generator = np.random.default_rng(0)
     p, bits = generator.random(21), generator.random((5, 21)) < 0.5
-    found = spectra.bit_cross_entropy(p, np.packbits(bits, axis=1), block=2)
-    assert found == pytest.approx(-np.log(np.where(bits, p, 1 - p)).sum(1))
+    found = spectra.bit_cross_entropy(p.astype("f4"), np.packbits(bits, axis=1), block=2)
+    assert found == pytest.approx(-np.log(np.where(bits, p, 1 - p)).sum(1), rel=1e-5)
+    assert found.dtype == np.float64
     certain = spectra.bit_cross_entropy(np.ones(3), np.packbits([[1, 1, 0]], axis=1))
     assert certain == pytest.approx(-np.log(spectra.CERTAIN), abs=1e-3)
     a, b = np.array([[[1, 1, 0], [0, 0, 0], [1, 0, 0]], [[1, 0, 1], [0, 0, 0], [0, 1, 0]]], bool)
     assert spectra.tanimoto(a, b) == pytest.approx([1 / 3, 1, 0])
+    assert spectra.tanimoto(a[2:], a[2:]) == 1
+
+
+def test_certainty_costs_at_most_9_nats_a_bit():
+    found = spectra.bit_cross_entropy(np.array([1.0, 0.0, 1.0]), np.packbits([[1, 1, 0]], axis=1))
+    # one bit is right, two are wrong, each said with 1 - 1e-4
+    assert found == pytest.approx([-np.log(1 - 1e-4) - 2 * np.log(1e-4)])
+    one = spectra.bit_scores(np.array([[1.0, 0.0]]), np.array([[True, True]]))
+    assert one["cross_entropy"] == pytest.approx(-np.log(1 - 1e-4) - np.log(1e-4))
+
+
+def test_bits_are_scored_by_accuracy_tanimoto_and_nats_per_example():
+    p = np.array([[0.9, 0.2, 0.5, 0.6], [0.7, 0.1, 0.8, 0.3], [0.1, 0.1, 0.1, 0.4]])
+    bits = np.array([[1, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], bool)
+    found = spectra.bit_scores(p, bits)  # says 1001, 1010, 0000: p = 1/2 is a 0
+    assert found["accuracy"] == pytest.approx((2 + 3 + 4) / 12)
+    assert found["tanimoto"] == pytest.approx((1 / 3 + 2 / 3 + 1) / 3)
+    nats = [0.9 * 0.8 * 0.5 * 0.4, 0.7 * 0.9 * 0.8 * 0.3, 0.9 * 0.9 * 0.9 * 0.6]
+    assert found["cross_entropy"] == pytest.approx(-np.log(nats).mean())
 
 
 def test_equal_scores_share_their_mean_rank():
     scores = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
     assert [spectra.rank_of(scores, k) for k in range(5)] == [4, 1, 4, 2, 4]
     assert spectra.rank_of(np.zeros(10), 7) == 5.5
+    near = np.array([0, 1.5e-9, 0.7e-9])  # up to 1e-9 apart they are equal
+    assert [spectra.rank_of(near, k) for k in range(3)] == [1.5, 2.5, 2]
+
+
+def test_a_challenge_is_ranked_among_its_own_candidates():
+    bits = np.random.default_rng(0).random((9, 16)) < 0.5
+    offsets, truth, p = np.array([0, 2, 6, 9]), np.array([1, 0, 2]), np.full((3, 16), 0.5)
+    packed = np.packbits(bits, axis=1)
+    challenges = spectra.Challenges(["a", "b", "c"], None, truth, offsets, packed)
+    p[1] = bits[2]  # the true one of the second challenge
+    p[2] = 1 - bits[8]  # all but the true one of the third
+    assert spectra.challenge_ranks(p, challenges).tolist() == [1.5, 1, 3]
 
 
 def test_random_top_k_is_the_mean_over_random_orders():
-    generator, sizes = np.random.default_rng(0), np.array([3, 10, 200])
-    found = [spectra.top_k(1 + generator.integers(0, sizes), [1, 5, 20]) for _ in range(2000)]
-    assert np.mean(found, 0) == pytest.approx(spectra.random_top_k(sizes, [1, 5, 20]), abs=0.02)
+    sizes, ks = np.array([3, 10, 200]), [1, 5, 20]
+    expected = [np.mean([min(k / n, 1) for n in sizes]) for k in ks]
+    assert spectra.random_top_k(sizes, ks) == pytest.approx(expected)
     assert spectra.random_top_k(sizes, [200]) == [1]
+    assert spectra.top_k([1, 5, 5.5, 21], [1, 5, 20]) == pytest.approx([1 / 4, 1 / 2, 3 / 4])
+    sizes, tops = np.array([1, 2, 7, 14]), {"top1": 1, "top5": 5, "top10": 10, "top20": 20}
+    found = spectra.tops(spectra.random_top_k, sizes, 3)
+    assert list(found) == [*tops, "median"] and found["median"] == 3
+    for key, k in tops.items():
+        assert found[key] == pytest.approx(np.mean([min(k / n, 1) for n in sizes]))
 
 
 class Lookup(nn.Module):
@@ -292,7 +347,8 @@ class Lookup(nn.Module):
     def __init__(self, answers, noise=0.0):
         super().__init__()
         self.answers = nn.Parameter(answers)  # (n, 2149)
-        self.modalities = [types.SimpleNamespace(likelihood="normal")] * 2  # a mean as it is
+        kinds = "bernoulli", "normal"  # the second's mean is what is decoded
+        self.modalities = [types.SimpleNamespace(likelihood=kind) for kind in kinds]
         self.decoders = [None, lambda z: self.answers[z[..., 0].round().long()]]
         self.noise = noise
 
@@ -315,6 +371,74 @@ def spectra_to_name(n=4, candidates=30):
     offsets, truth = np.arange(n + 1) * candidates, np.full(n, 3)
     ids = [f"c{i}" for i in range(n)]
     return dataset, spectra.Challenges(ids, x, truth, offsets, packed), bits.float()
+
+
+def test_scores_are_of_the_test_bits_with_their_training_frequencies_beside_them():
+    dataset, challenges, bits = spectra_to_name()
+    rows = torch.tensor([0, 0, 0, 1, 2])  # of the training examples; no spectrum of the fourth
+    spectrum, fingerprint = dataset.train.bases
+    train = data.Split([spectrum, fingerprint], [torch.zeros(5).long(), rows])
+    shown = torch.tensor([2, 1, 3])
+    test = data.Split([spectrum, fingerprint.flip(0)], [shown, 3 - shown])
+    dataset, p = dataset._replace(train=train, test=test), 0.2 + 0.6 * torch.rand(4, 2149)
+    challenges = challenges._replace(truth=np.array([3, 3, 3, 7]))
+    model = Lookup(p)
+    model.train()
+    found = spectra.scores(model, dataset, challenges, samples=2, batch_size=2)
+    assert not model.training
+    p, bits = p.numpy(), bits.numpy() > 0.5
+    frequency = bits[[0, 0, 0, 1, 2]].mean(0)
+    assert found["bits"] == pytest.approx(spectra.bit_scores(p[[2, 1, 3]], bits[[2, 1, 3]]))
+    often = np.tile(frequency, (4, 1))
+    expected = spectra.bit_scores(often[:3], bits[[2, 1, 3]])
+    assert found["frequency"]["bits"] == pytest.approx(expected)
+    for part, said in (found, p), (found["frequency"], often):
+        ranks = spectra.challenge_ranks(said, challenges)
+        assert list(part["ranks"].items()) == list(zip(challenges.ids, ranks))
+        assert part["rank"]["median"] == np.median(ranks)
+        assert part["rank"]["top1"] == (ranks <= 1).mean()
+        assert part["rank"]["top5"] == (ranks <= 5).mean()
+    assert len({*found["ranks"].values()}) > 1
+    assert found == spectra.scores(model, dataset, challenges, samples=2)  # whatever the batch
+    noisy = Lookup(torch.rand(9, 2149), noise=0.3)
+    found = spectra.scores(noisy, dataset)
+    assert found == spectra.scores(noisy, dataset, seed=0) != spectra.scores(noisy, dataset, seed=1)
+
+
+@pytest.mark.parametrize(
+    "sizes, median",  # the k at which this reaches .5: Σ_i min(k / n_i, 1) / 4
+    [((10, 10, 40, 60), 9), ((2, 30, 30, 58), 12), ((1, 1, 1, 1), 1), ((2, 2, 2, 2), 1)],
+)
+def test_random_ranks_are_those_of_the_challenges_sizes(sizes, median):
+    dataset, challenges, bits = spectra_to_name()
+    offsets = np.cumsum([0, *sizes])
+    challenges = challenges._replace(offsets=offsets, truth=np.array([0] * 4))
+    found = spectra.scores(Lookup(bits), dataset, challenges, samples=1)
+    assert found["sizes"] == dict(zip(challenges.ids, sizes))
+    assert found["random"]["rank"]["median"] == median
+    top_5 = np.mean([min(5 / n, 1) for n in sizes])
+    assert found["random"]["rank"]["top5"] == pytest.approx(top_5)
+
+
+def test_evaluation_scores_the_challenges_below_root_with_twenty_samples(monkeypatch):
+    asked = []
+    monkeypatch.setattr(spectra, "load_challenges", lambda root: f"of {root}")
+    monkeypatch.setattr(spectra, "scores", lambda *xs, **options: asked.append((xs, options)))
+    spectra.evaluate("model", "dataset", "there", 7)
+    spectra.evaluate("model", "dataset")
+    assert asked == [
+        (("model", "dataset", "of there"), {"seed": 7}),
+        (("model", "dataset", "of ./data"), {"seed": 0}),
+    ]
+    monkeypatch.undo()
+    dataset, challenges, bits = spectra_to_name(n=3)
+    model, shapes = Lookup(bits), []
+    decode = model.decoders[1]
+    model.decoders[1] = lambda z: shapes.append(z.shape[:2]) or decode(z)
+    spectra.scores(model, dataset, challenges)
+    assert shapes == [(20, 3)] * 2  # samples of the test split, samples of the challenges
+    spectra.predict_bits(model, lambda index: dataset.test.take(0, index), 3)
+    assert shapes[2:] == [(1, 3)]
 
 
 def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_the_middle(tmp_path):

@@ -1,0 +1,483 @@
+"""A user's own arrays through eval.py: what is regenerated, filled in, drawn and printed."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributions import Bernoulli, Categorical, Laplace, Poisson
+
+import data
+import eval as evaluation
+from benchmarks import drawing, npz, tables
+from helpers import train
+
+MODALITIES = "picture", "floats", "bits", "counts", "kind"
+
+
+def examples(n, seed):
+    """Everything a user may have, told by two numbers: pictures as bytes, floats around 1000 and of
+    size 1e-3, bits, counts, one of four classes; and labels, two of them."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, n))
+    grid = np.mgrid[:8, :10]
+    spot = np.exp(-((grid[0] - 4 - 2 * np.tanh(a)[:, None, None]) ** 2) / 4)
+    numbers = np.stack([a, b, a + b, a - b], 1) + 0.3 * rng.normal(size=(n, 4))
+    return {
+        "picture": (250 * spot).astype(np.uint8),
+        "floats": numbers * (300, 1e-3, 1, 1) + (1000, 0, 0, 5),
+        "bits": np.stack([a, b, -a], 1) > 0,
+        "counts": rng.poisson(np.exp(1 + 0.5 * np.stack([a, b], 1))),
+        "kind": 2 * (a > 0) + (b > 0),
+        "labels": (a > 0).astype(int),
+    }
+
+
+def save(path, kept=MODALITIES, n=120, **more):
+    """An .npz of the modalities `kept` -> its test arrays by name"""
+    splits = {"train": examples(n, 0), "test": examples(n // 2, 1)}
+    named = {f"{part}_{k}": x[k] for k in (*kept, "labels") for part, x in splits.items()}
+    np.savez(path, **named | more)
+    return splits["test"]
+
+
+def brief(tmp_path, script="mvae", kept=MODALITIES, epochs=1, more=(), **flags):
+    """A run on such data. -> its folder, the test arrays"""
+    test = save(tmp_path / "own.npz", kept, **dict(more))
+    run = tmp_path / "run"
+    sizes = dict(epochs=epochs, latent_dim=4)
+    train(script, dataset=tmp_path / "own.npz", out=run, **sizes | flags)
+    return run, test
+
+
+def evaluate(*arguments):
+    evaluation.main([*map(str, arguments), "--device", "cpu"])
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def loaded(run):
+    """-> the model, its data set as eval.py sees it"""
+    found = evaluation.load_run(run)
+    found.model.requires_grad_(False)
+    return found, evaluation.prepare(found.args["dataset"], ".", "cpu", found.args["spec"])[0]
+
+
+def r2(x, guess):
+    """Of each feature, against the mean of x."""
+    return 1 - ((x - guess) ** 2).sum(0) / ((x - x.mean(0)) ** 2).sum(0)
+
+
+def test_what_is_regenerated_is_scored_by_the_definitions(tmp_path):
+    """R² and accuracy in the data's units, of the mean over 20 draws of z; log p(x|z) as
+    torch.distributions has it; each from itself, each other one, all and the training mean."""
+    mask = np.random.default_rng(2).random((120, 5)) < 0.7
+    mask[:5] = np.eye(5)
+    run, test = brief(tmp_path, more={"train_mask": mask})
+    own, dataset = loaded(run)
+    found, seen = npz.evaluate(own.model, dataset, seed=3), examples(120, 0)
+    r2s, rights, nats = (found[f"regenerated_{k}"] for k in ("r2", "accuracy", "log_p"))
+    targets = {"picture", "floats", "counts"}, {"bits", "kind"}
+    sources = [*MODALITIES, "all", "training mean"]
+    for scores, names in zip((r2s, rights), targets):
+        assert set(scores) == {f"{a}->{b}" for a in sources for b in names}
+    assert list(nats)[:7] == [f"{a}->picture" for a in sources]
+    for source in (*MODALITIES, "all"):
+        shown = [source in (name, "all") for name in MODALITIES]
+        xs = data.show(dataset.test, shown, torch.arange(60))
+        torch.manual_seed(3)
+        z = own.model.posterior(*xs).sample((20,))
+        picture, floats, bits, counts, kind = (x.mean(0).numpy() for x in own.model.decode(z))
+        floats = data.unstandardise(floats.astype(float), dataset.spec["standardise"]["floats"])
+        for name, guess in dict(floats=floats, counts=counts).items():
+            expected = r2(test[name].astype(float), guess).mean()
+            assert r2s[f"{source}->{name}"] == pytest.approx(expected, abs=1e-5)
+        x = test["picture"][:, None] / 255
+        pixels = ((x - picture) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+        assert r2s[f"{source}->picture"] == pytest.approx(1 - pixels, abs=1e-5)
+        right = ((bits > 0.5) == test["bits"]).mean()
+        assert rights[f"{source}->bits"] == pytest.approx(right)
+        assert rights[f"{source}->kind"] == pytest.approx((kind.argmax(1) == test["kind"]).mean())
+        parameters = [decode(z) for decode in own.model.decoders]
+        _, x, bits, counts, kind = dataset.test[torch.arange(60)]
+        laplace = Laplace(parameters[1], own.model.modalities[1].scale)
+        expected = {
+            "floats": laplace.log_prob(x).sum(-1),
+            "bits": Bernoulli(logits=parameters[2]).log_prob(bits).sum(-1),
+            "counts": Poisson(parameters[3].exp()).log_prob(counts).sum(-1),
+            "kind": Categorical(logits=parameters[4]).log_prob(kind),
+        }
+        for name, log_p in expected.items():
+            assert nats[f"{source}->{name}"] == pytest.approx(log_p.mean().item(), rel=1e-4)
+    mean = {name: seen[name][mask[:, m]].mean(0) for m, name in enumerate(MODALITIES)}
+    for name in ("floats", "counts"):
+        expected = r2(test[name].astype(float), mean[name]).mean()
+        assert r2s[f"training mean->{name}"] == pytest.approx(expected, abs=1e-5)
+    right = ((mean["bits"] > 0.5) == test["bits"]).mean()
+    assert rights["training mean->bits"] == pytest.approx(right)
+    usual = np.bincount(seen["kind"][mask[:, 4]]) / mask[:, 4].sum()
+    right = (test["kind"] == usual.argmax()).mean()
+    assert rights["training mean->kind"] == pytest.approx(right)
+    expected = {
+        "kind": np.log(usual[test["kind"]]).mean(),
+        "bits": Bernoulli(torch.tensor(mean["bits"])).log_prob(torch.tensor(test["bits"]).double()),
+        "counts": Poisson(torch.tensor(mean["counts"])).log_prob(torch.tensor(test["counts"])),
+    }
+    for name, log_p in expected.items():
+        log_p = log_p.sum(-1).mean().item() if name != "kind" else log_p
+        assert nats[f"training mean->{name}"] == pytest.approx(log_p, rel=1e-3)
+
+
+def test_examples_may_share_what_a_base_holds_once(tmp_path):
+    own, dataset = loaded(brief(tmp_path, kept=("floats", "bits"))[0])
+    rows = [torch.arange(60), torch.arange(60) % 7]
+    shared = data.Split([base[: 60 - 53 * m] for m, base in enumerate(dataset.test.bases)], rows)
+    whole = data.Split([base[row] for base, row in zip(dataset.test.bases, rows)])
+    found = [npz.evaluate(own.model, dataset._replace(test=test)) for test in (shared, whole)]
+    assert found[0] == found[1]
+    assert 0 <= min(found[0]["regenerated_accuracy"].values())
+
+
+def test_a_planted_linear_relation_is_found_as_least_squares_finds_it(tmp_path):
+    rng = np.random.default_rng(0)
+    weights, arrays = rng.normal(size=(4, 3)), {}
+    for part, n in (("train", 2000), ("test", 500)):
+        x = rng.normal(size=(n, 4))
+        arrays[f"{part}_x"] = 300 * x + 1000
+        arrays[f"{part}_y"] = 1e-3 * (x @ weights + rng.normal(size=(n, 3)))
+    np.savez(tmp_path / "own.npz", **arrays)
+    flags = dict(epochs=20, latent_dim=4, lr=1e-3, batch_size=128)
+    train("svae", dataset=tmp_path / "own.npz", out=tmp_path / "run", **flags)
+    evaluate(tmp_path / "run", "--no-likelihoods")
+    xs = [np.hstack([arrays[f"{part}_x"], np.ones((n, 1))]) for part, n in PARTS]
+    fit = np.linalg.lstsq(xs[0], arrays["train_y"], rcond=None)[0]
+    best = r2(arrays["test_y"], xs[1] @ fit).mean()
+    found = metrics_of(tmp_path / "run")["regenerated_r2"]
+    assert 0.5 < best - 0.05 < found["x->y"] < best + 0.05
+    assert found["x->x"] > 0.9 and abs(found["training mean->y"]) < 0.02
+
+
+PARTS = ("train", 2000), ("test", 500)
+
+
+# ----------------------------------------------------------------------------------------- filled
+
+
+def test_the_errors_of_what_is_filled_in_are_those_of_the_evaluation(tmp_path, capsys):
+    run, test = brief(tmp_path, epochs=3)
+    evaluate(run, "--no-likelihoods", "--seed", 5)
+    metrics = metrics_of(run)
+    r2s, rights = metrics["regenerated_r2"], metrics["regenerated_accuracy"]
+    new, out = tmp_path / "new.npz", tmp_path / "sub" / "filled.npz"
+    for given in ("absent", "hidden"):
+        floats = np.full_like(test["floats"], math.nan)  # what is hidden may be anything
+        rest = {name: test[name] for name in MODALITIES} | {"floats": floats}
+        rest |= {"mask": np.tile([1, 0, 0, 0, 0], (60, 1))}
+        np.savez(new, **({"picture": test["picture"]} if given == "absent" else rest))
+        evaluate(run, "--fill", new, "--out", out, "--seed", 5)
+        filled = dict(np.load(out))
+        out.unlink()
+        assert set(filled) == {*MODALITIES, "kind_probabilities", "latent_mean", "latent_std"}
+        for name in ("floats", "counts"):
+            expected = r2s[f"picture->{name}"]
+            assert r2(test[name], filled[name]).mean() == pytest.approx(expected, abs=1e-4)
+        right = ((filled["bits"] > 0.5) == test["bits"]).mean()
+        assert right == pytest.approx(rights["picture->bits"])
+        assert (filled["kind"] == test["kind"]).mean() == pytest.approx(rights["picture->kind"])
+        assert (filled["kind"] == filled["kind_probabilities"].argmax(1)).all()
+        assert filled["picture"].dtype == np.uint8 and filled["picture"].shape == (60, 8, 10)
+        x, y = test["picture"].astype(float), filled["picture"]
+        pixels = ((x - y) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+        assert 1 - pixels == pytest.approx(r2s["picture->picture"], abs=1e-3)
+    assert "floats, shown in 0 rows, filled in in 60" in capsys.readouterr().out
+
+
+def test_each_row_is_filled_in_from_what_it_shows(tmp_path):
+    """latent_mean and latent_std are those of q(z|shown), whatever the other rows show."""
+    run, test = brief(tmp_path)
+    own, dataset = loaded(run)
+    mask = np.random.default_rng(0).random((60, 5)) < 0.5
+    mask[0], mask[1], mask[2:5, 2] = [0, 1, 0, 0, 0], True, True
+    mask[~mask.any(1), 3] = True
+    np.savez(tmp_path / "new.npz", **{n: test[n] for n in MODALITIES}, mask=mask)
+    shown = npz.fill(own.model, own.args["spec"]["standardise"], *paths(tmp_path))
+    assert (shown == mask).all()
+    filled = np.load(tmp_path / "filled.npz")
+    for row in (0, 1, 2, 33):
+        xs = data.show(dataset.test, mask[row].tolist(), torch.tensor([row]))
+        q = own.model.posterior(*xs)
+        assert np.allclose(filled["latent_mean"][row], q.mean[0], atol=1e-5)
+        assert np.allclose(filled["latent_std"][row], q.stddev[0], atol=1e-5)
+
+
+def paths(folder):
+    return folder / "new.npz", folder / "filled.npz"
+
+
+def test_samples_are_draws_of_z_decoded(tmp_path):
+    run, test = brief(tmp_path, kept=("floats", "kind"), epochs=3)
+    np.savez(tmp_path / "new.npz", kind=test["kind"])
+    new, out = paths(tmp_path)
+    evaluate(run, "--fill", new, "--out", out, "--samples", 50)
+    drawn = dict(np.load(out))
+    assert drawn["floats"].shape == (50, 60, 4) and drawn["kind"].shape == (50, 60)
+    assert drawn["kind_probabilities"].shape == (50, 60, 4) and drawn["latent_mean"].ndim == 2
+    out.unlink()
+    evaluate(run, "--fill", new, "--out", out)
+    mean, std = np.load(out)["floats"], drawn["floats"].std(0)
+    off = (drawn["floats"].mean(0) - mean) / std  # means of 50 draws and of 20 others
+    assert std.min() > 0 and np.abs(off).max() < 1.5 and off.std() < 0.4
+    own, _ = loaded(run)
+    torch.manual_seed(0)
+    z = own.model.posterior(None, torch.from_numpy(test["kind"])).sample((50,))
+    floats = own.model.decode(z)[0].numpy()[37]
+    floats = data.unstandardise(floats, own.args["spec"]["standardise"]["floats"])
+    assert np.allclose(drawn["floats"][37], floats, rtol=1e-4)
+
+
+def test_images_may_be_bytes_or_floats_and_stay_so(tmp_path):
+    train("mvae", epochs=1, limit=64, latent_dim=4, data=tmp_path, out=tmp_path / "run")
+    grey = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
+    found = []
+    for images in (grey, grey[:, None].astype("f4") / 255):
+        np.savez(tmp_path / "new.npz", grey=images)
+        new, out = paths(tmp_path)
+        evaluate(tmp_path / "run", "--fill", new, "--out", out)
+        found.append(dict(np.load(out)))
+        out.unlink()
+    as_bytes, as_floats = found
+    assert as_bytes["grey"].dtype == np.uint8 and as_bytes["grey"].shape == (7, 28, 28)
+    assert as_floats["grey"].dtype == np.float32 and as_floats["grey"].shape == (7, 1, 28, 28)
+    assert np.abs(as_bytes["grey"] / 255 - as_floats["grey"][:, 0]).max() < 0.51 / 255 + 1e-3
+    for filled in found:
+        assert filled["colour"].dtype == np.float32 and filled["colour"].shape == (7, 3, 32, 32)
+        assert 0 <= filled["colour"].min() < filled["colour"].max() <= 1
+    assert np.allclose(as_bytes["latent_mean"], as_floats["latent_mean"], atol=1e-5)
+
+
+def changed(**arrays):
+    return lambda test: {name: test[name] for name in MODALITIES} | arrays
+
+
+WRONG = {
+    "a near miss": (changed(flotas=np.zeros((60, 4))), "'flotas': did you mean 'floats'?"),
+    "a far miss": (changed(zzz=np.zeros((60, 4))), "the run has picture, floats, bits"),
+    "no modality": (lambda test: {"mask": np.ones((60, 5))}, "none of the run's modalities"),
+    "a width": (changed(floats=np.zeros((60, 5))), "not (examples, 4)"),
+    "an image": (changed(picture=np.zeros((60, 8, 9))), "not (examples, 1, 8, 10)"),
+    "unequal lengths": (changed(bits=np.zeros((59, 3))), "bits has 59 rows, picture 60"),
+    "a mask": (changed(mask=np.ones((60, 4))), "mask is (60, 4), not (60, 5)"),
+    "an empty row": (
+        changed(mask=np.arange(60)[:, None].repeat(5, 1) != 7),
+        "row 7 shows nothing",
+    ),
+    "text": (changed(bits=np.full((60, 3), "yes")), "bits is to be numbers"),
+    "no examples": (lambda test: {"bits": np.zeros((0, 3))}, "bits is to be numbers"),
+    "a NaN": (
+        changed(floats=np.where(np.arange(60)[:, None] == 9, math.nan, np.ones((60, 4)))),
+        "not finite, in row 9",
+    ),
+    "no bits": (changed(bits=np.full((60, 3), 0.5) * 4), "values in [0, 1], or bytes"),
+    "no counts": (changed(counts=np.full((60, 2), 0.5)), "from 0 on, whole"),
+    "no class": (changed(kind=np.full(60, 4)), "from 0 to 3, whole, as in training, not 4"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return brief(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_filled_in_is_one_sentence_and_writes_nothing(
+    trained, what, tmp_path, capsys
+):
+    (run, test), (change, said) = trained, WRONG[what]
+    new, out = paths(tmp_path)
+    np.savez(new, **change(test))
+    with pytest.raises(SystemExit) as stop:
+        evaluate(run, "--fill", new, "--out", out)
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(err) == 1 and said in err[0] and str(new) in err[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["new.npz"]
+
+
+def test_nothing_that_is_there_is_written_over(trained, tmp_path, capsys):
+    (run, test), (new, out) = trained, paths(tmp_path)
+    np.savez(new, bits=test["bits"])
+    for target, said in ((new, "is there already"), (new / "x.npz", "cannot be written")):
+        before = new.read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            evaluate(run, "--fill", new, "--out", target)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert new.read_bytes() == before and list(tmp_path.iterdir()) == [new]
+    for flags in (["--fill", new], ["--out", out]):
+        with pytest.raises(SystemExit):
+            evaluate(run, *flags)
+        assert "go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(run, tmp_path / "other", "--fill", new, "--out", out)
+    assert "one run, not by 2" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- text and figures
+
+
+def test_one_run_is_a_list_of_its_metrics_with_their_meaning(trained, capsys):
+    run, _ = trained
+    evaluate(run, "--samples", 3)
+    printed, metrics = capsys.readouterr(), metrics_of(run)
+    lines = printed.out.splitlines()
+    assert "log-likelihoods of 60 examples, 3 samples" in printed.err
+    at = lines.index("Accuracy of regenerated bits or classes: the share that is right")
+    own = metrics["regenerated_accuracy"]["bits->bits"]
+    assert lines[at + 1].split("→")[0].strip() == "bits" and lines[at + 1].endswith(f"{own:.3f}")
+    assert any(line.startswith("    training mean → kind ") for line in lines)
+    assert "Log-likelihoods of floats are of standardised features." in lines
+    assert max(map(len, lines)) < 300 and not any(line.startswith("|") for line in lines)
+
+
+def test_a_folder_without_a_checkpoint_is_shown_from_its_metrics(trained, tmp_path, capsys):
+    run, _ = trained
+    evaluate(run, "--no-likelihoods")
+    first = capsys.readouterr().out
+    text = (run / "metrics.json").read_text()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "metrics.json").write_text(text)
+    evaluate(tmp_path / "kept")
+    kept = capsys.readouterr()
+    assert kept.out == first.replace(str(run), str(tmp_path / "kept")) and "checkpoint" in kept.err
+    evaluate(tmp_path / "kept", run, "--no-likelihoods")
+    assert "| MVAE | 1 | split | 1 | 1 |" in capsys.readouterr().out  # two runs are a table
+    for damaged in (text[:100], "[1]", '{"run": {}}'):
+        (tmp_path / "kept" / "metrics.json").write_text(damaged)
+        with pytest.raises(SystemExit) as stop:
+            evaluate(tmp_path / "kept")
+        assert stop.value.code == 2 and "metrics.json is damaged" in capsys.readouterr().err
+
+
+def test_a_masked_run_is_called_masked(tmp_path, capsys):
+    mask = np.random.default_rng(0).random((120, 2)) < 0.5
+    mask[~mask.any(1)] = True
+    run, _ = brief(tmp_path, kept=("floats", "bits"), more={"train_mask": mask})
+    evaluate(run, "--no-likelihoods")
+    assert "\nmasked, seed 0, " in capsys.readouterr().out
+    own = evaluation.load_run(run)
+    assert drawing.title(own) == "MVAE · own.npz · masked"
+    result = metrics_of(run)
+    assert "| MVAE | masked | – | 1 | 1 |" in tables.table([result])
+    evaluation.curves([result], tmp_path)  # it is no point at f = 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_near_misses_are_asked_about(trained, tmp_path, capsys):
+    run, _ = trained
+    with pytest.raises(SystemExit):
+        evaluate(str(run) + "n")
+    assert f"did you mean '{run}'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation.main([str(run), "--figurs", "x"])
+    assert "did you mean '--figures'?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--against epochss: .* did you mean 'epochs'?"):
+        evaluation.curves([metrics_of(run)], tmp_path, "epochss")
+
+
+def test_a_few_examples_are_of_as_many_classes_as_there_are():
+    labels = torch.tensor([3, 3, 3, 1, 1, 2, 3])
+    assert npz.few(labels, 7, most=4).tolist() == [3, 4, 5, 0]
+    assert npz.few(labels, 7, most=2).tolist() == [3, 5]
+    assert npz.few(None, 7, most=4).tolist() == [0, 1, 2, 3]
+    assert npz.few(torch.arange(200), 200).tolist() == list(range(10))
+
+
+def figure(monkeypatch, draw):
+    """What is drawn, as matplotlib's figure."""
+    plt, kept = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(drawing, "finish", lambda figure, *rest, **options: kept.append(figure))
+    draw()
+    monkeypatch.undo()
+    plt.close(kept[0])
+    return kept[0]
+
+
+def test_every_modality_is_drawn_as_it_is_and_from_each(trained, tmp_path, monkeypatch):
+    own, dataset = loaded(trained[0])
+    drawn = figure(monkeypatch, lambda: npz.draw(own, dataset, tmp_path / "page.png"))
+    rows = [ax.get_ylabel() for ax in drawn.axes]
+    others = ["from floats", "from bits", "from counts", "from kind", "from all"]
+    assert rows[:7] == ["input", "from picture", *others]
+    assert len(rows) == 5 * 7 and rows[7:9] == ["input", "from floats"]
+    titles = [text.get_text() for text in drawn.texts]
+    assert titles[0] == "picture" and titles[2] == "bits: 0 to 1"
+    assert titles[1].startswith("floats, in standard deviations from the training mean: -")
+    picture, floats = drawn.axes[0], drawn.axes[7]
+    assert len(picture.images) == 10  # examples
+    x = dataset.test[npz.few(dataset.test.labels, 60)]
+    assert np.allclose(picture.images[4].get_array(), x[0][4, 0])
+    heights = np.array([bar.get_height() for bar in floats.patches])  # (10 x 4,)
+    assert np.corrcoef(heights, x[1].flatten())[0, 1] > 0.999
+    colours = [ax.patches[0].get_facecolor() for ax in drawn.axes[7:14]]
+    assert len(set(colours)) == 7
+    assert {ax.patches[0].get_facecolor() for ax in drawn.axes[14:] if "floats" in ax.get_ylabel()}
+    assert drawn.axes[15].get_ylabel() == "from bits" != rows[16]
+
+
+def test_tiles_are_64_pixels_or_more_and_columns_ten_or_fewer(tmp_path):
+    pytest.importorskip("matplotlib")
+    for shape in ((1, 8, 80), (3, 28, 28), (2, 8, 8), (5,), (2000,)):
+        assert min(drawing.tile(torch.zeros(3, *shape))) >= 64
+    x = torch.rand(10, 1, 8, 200)
+    blocks = {"wide": [("input", x), ("from a", x)], "long": [("input", torch.rand(10, 500))]}
+    drawing.examples(blocks, {"input": "k", "from a": "r"}, "examples", tmp_path / "page.png")
+    assert Image.open(tmp_path / "page.png").size[0] <= 3300
+    labels = torch.arange(200)
+    split = data.Split([torch.rand(200, 1, 8, 8), torch.rand(200, 1, 8, 8)], labels=labels)
+    dataset = data.Dataset("x.npz", split, split, {}, ("a", "b"))
+    model = SimpleNamespace(
+        posterior=lambda *xs: SimpleNamespace(sample=lambda: xs),
+        decode=lambda z: [split[labels][0]] * 2,
+    )
+    rows = evaluation.generations(model, dataset)
+    assert len(rows[0][1]) == 10
+    drawing.page([(name, images[:10]) for name, images in rows], "page", tmp_path / "small.png")
+    across, down = Image.open(tmp_path / "small.png").size
+    assert 640 < across < 1600 and down > 6 * 64
+
+
+def test_modalities_have_colours_of_their_own_and_are_told_from_classes(monkeypatch):
+    z, labels = np.random.default_rng(0).normal(size=(60, 4)), np.tile(np.arange(20) % 3, 3)
+    drawn = figure(
+        monkeypatch, lambda: drawing.latent_map(z, labels, ("0", "1", "2"), "heading", None)
+    )
+    left, right = drawn.axes
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["modality 0", "modality 1", "modality 2"]
+    points = [tuple(c.get_facecolor()[0, :3]) for c in left.collections]
+    classes = [tuple(c.get_facecolor()[0, :3]) for c in right.collections]
+    assert len(set(points)) == len(set(classes)) == 3 and not set(points) & set(classes)
+
+
+def test_relatedness_has_a_row_for_every_pair_on_the_same_axes(trained, tmp_path, monkeypatch):
+    own, dataset = loaded(trained[0])
+    seen = []
+    monkeypatch.setattr(drawing, "relatedness", lambda pairs, *rest: seen.extend(pairs))
+    evaluation.draw(own, dataset, {}, tmp_path, ".")
+    monkeypatch.undo()
+    assert [names for names, _, _ in seen][:5] == [
+        ("picture", other) for other in ("floats", "bits", "counts", "kind")
+    ] + [("floats", "bits")]
+    assert len(seen) == 10
+    drawn = figure(monkeypatch, lambda: drawing.relatedness(seen[:3], "heading", None))
+    histograms = [ax for ax in drawn.axes if ax.get_xlabel().startswith("W2 of")]
+    assert [ax.get_xlabel() for ax in histograms][1] == "W2 of q(z|picture), q(z|bits)"
+    assert (
+        len({ax.get_xlim() for ax in histograms}) == len({ax.get_ylim() for ax in histograms}) == 1
+    )
