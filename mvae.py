@@ -183,9 +183,7 @@ def parser(argv):
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
     flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag(
-        "--seed", type=data.at_least(0), default=0, help="fixes pairs, first weights, order, noise"
-    )
+    flag("--seed", type=data.at_least(0), default=0, help="of pairs, weights, order and noise")
     flag("--limit", type=count, help="use the first LIMIT training examples only")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")

@@ -956,7 +956,9 @@ def test_likelihoods_and_means_are_those_of_torch():
         assert_close(found, density.log_prob(x).sum((-1, -2)))
         assert_close(nets.mean(modality, parameter), density.mean)
         assert nets.log_prob(modality, parameter.bfloat16(), x).dtype == torch.float32
-    with pytest.raises(ValueError, match="none of bernoulli, laplace, normal, categorical"):
+    with pytest.raises(
+        ValueError, match="none of bernoulli, laplace, normal, poisson, categorical"
+    ):
         nets.log_prob(modality._replace(likelihood="x"), parameter, x)
 
 
