@@ -270,11 +270,11 @@ def both(device, call, model, dataset, judged=None):
     return device.reads
 
 
-def joint(model, dataset, oracles):
-    return evaluation.joint_coherence(model, dataset, oracles, samples=len(dataset.test))
+def joint(model, dataset, judged):
+    return evaluation.joint_coherence(model, dataset, judged, samples=len(dataset.test))
 
 
-def latent(model, dataset, oracles):
+def latent(model, dataset, judged):
     index = torch.arange(len(dataset.test))
     return evaluation.latent_samples(model, dataset.test, (True, False), index)
 
@@ -306,9 +306,7 @@ def test_an_evaluation_and_its_figures_leave_nothing_on_the_cpu(device):
     both(device, lambda *given: list(everything(*given)), model, dataset, judges(dataset))
 
 
-def test_a_step_of_an_oracle_waits_for_nothing_but_its_gaussian_process_for_one_number(
-    device, monkeypatch
-):
+def test_a_step_of_an_oracle_waits_for_nothing_but_its_gaussian_process_for_one_number(device):
     dataset, waited = toy("mnist-split", 60), []
     split, (view,) = dataset.train.to("meta"), evaluation.views(dataset).values()
     for steps in (2, 4):
@@ -320,10 +318,11 @@ def test_a_step_of_an_oracle_waits_for_nothing_but_its_gaussian_process_for_one_
 
 
 def test_an_oracle_is_loaded_on_a_device(device, tmp_path, monkeypatch):
-    dataset = toy("mnist-split", 60)
-    call = lambda _, dataset, __: oracles.load_oracle(dataset, "image", tmp_path, steps=2)[1]  # noqa: E731
+    def accuracy(model, dataset, judged):
+        return oracles.load_oracle(dataset, "image", tmp_path, steps=2)[1]
+
     monkeypatch.setattr(data, "write_checkpoint", lambda *args: None)
-    both(device, call, nn.Identity(), dataset)
+    both(device, accuracy, nn.Identity(), toy("mnist-split", 60))
 
 
 def words_and_photos():
