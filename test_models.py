@@ -434,6 +434,9 @@ def test_dreg_has_iwae_s_value_and_squared_weights_for_the_encoders(
 ):
     options = dict(objective="dreg", samples=3, tight=tight, posterior=posterior)
     holds_of_all_patterns(mmvae_formula, "mmvae", count, options)
+    model = small_model("mmvae", count, **options)
+    with torch.no_grad():  # as the loop reports it
+        assert model.objective(*batch(model)).isfinite()
 
 
 @pytest.mark.parametrize("posterior, spread", [("normal", (2 / math.pi) ** 0.5), ("laplace", 1.0)])
@@ -625,7 +628,8 @@ def test_log_likelihood_is_the_evidence_of_every_seen_under_every_given_prior(
         if key.endswith("weight"):
             parameter *= 0.7 if "decoders" in key else 0.1
         if key.endswith("head.bias"):
-            parameter[:] = torch.cat([0.7 * torch.randn(L), 2 * torch.ones(L)])[: len(parameter)]
+            mu, logvar = (3 if name == "meme" else 0.7) * torch.randn(L), 2 * torch.ones(L)
+            parameter[:] = torch.cat([mu, logvar])[: len(parameter)]
         if key.endswith("logvar"):
             parameter[:] = torch.tensor([0.5, -0.5]) if name == "mmvae" and "prior" in key else 2
     everything, asked, of = [torch.randn(B, size) / 2 for size in sizes], [], model.posterior
@@ -683,28 +687,9 @@ def drawn(call, *args):
     return call(*args)
 
 
-def lies_below(values, exactly):
-    assert values.mean() < exactly + 4 * values.std() / len(values) ** 0.5
-
-
 def equals(values, exactly):
     error = 4 * values.std().item() / len(values) ** 0.5
     assert values.mean().item() == pytest.approx(exactly.item(), abs=error + 1e-4)
-
-
-def test_bounds_lie_below_their_evidences():
-    xs, both = pair(4_000), {m: x[0] for m, x in enumerate(pair())}
-    for name, m in itertools.product(("mvae", "svae"), range(2)):
-        model, shows = linear_model(name), only(xs, m)
-        term = model.elbo if name == "mvae" else model.bound  # Eq. (20), (21); (19) is no bound
-        lies_below(term((m,), shows, model.encode(shows)), evidence(model, {m: both[m]}))
-    model = linear_model("meme", kl="sample", classifier_scale=1, samples=3)  # as printed
-    q = model.encode(xs)
-    lies_below(model.bound(0, xs, q), evidence(model, {0: both[0]}, gaussians(*q[1])[0]))
-    forms = [dict(objective="elbo", samples=1), dict(samples=5), dict(samples=50)]
-    models = [linear_model("mmvae", **f) for f in [*forms, dict(samples=50, tight=True)]]
-    values = [model.objective(*xs).item() for model in models]
-    assert values == sorted(values) and values[-1] < evidence(models[0], both)
 
 
 def test_bounds_of_exact_posteriors_are_their_evidences():
@@ -733,18 +718,6 @@ def test_meme_weights_are_positive_at_most_k_and_one_on_average():
     assert_close(torch.stack(each).mean(0), torch.ones(5_000))
     small = log_q_t.max(0)[0] < 80
     assert_close(log_q_t_given_s[small], log_q_t.exp().mean(0).log()[small])
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_meme_at_c_1_gives_the_decoder_of_t_no_gradient_unless_w_has_one(monkeypatch, full):
-    options = dict(samples=5, kl="sample", classifier_scale=1, full_gradient=full)
-    model, xs, noise, gradient = linear_model("meme", **options), pair(4), torch.randn(5, 4, L), 0
-    for k in range(5):  # exact when averaged over which k plays z_1
-        monkeypatch.setattr(torch, "randn", lambda *a, k=k, **b: noise.roll(k, 0))
-        bound = model.bound(0, xs, model.encode(xs)).sum()
-        gradient = gradient + torch.autograd.grad(bound, model.decoders[1].weight)[0]
-    size = gradient.abs().max().item()
-    assert size > 0.1 if full else size < 1e-4
 
 
 def test_densities_keep_the_constants_that_cancel_in_objectives():
@@ -817,12 +790,14 @@ def test_bounded_experts_keep_a_gradient_where_exact_ones_die(script):
         assert mu.tolist() == [[1.0] * L] and logvar.exp().max() <= 5 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("name, trunks", [("svae", 3**2), ("vaevae", 3 * 2**2)])
-def test_parameter_counts_grow_as_figure_2_counts_them(name, trunks):
+@pytest.mark.parametrize("name, options, trunks", [
+    ("svae", {}, 3**2), ("vaevae", {}, 3 * 2**2), ("vaevae", dict(variant="a"), 3),
+])  # fmt: skip
+def test_parameter_counts_grow_as_figure_2_counts_them(name, options, trunks):
     def size(module):
         return sum(w.numel() for w in module.parameters())
 
-    modules = list(SCRIPTS[name].MODEL(nets.modalities("mnist-split3"), 64).modules())
+    modules = list(SCRIPTS[name].MODEL(nets.modalities("mnist-split3"), 64, **options).modules())
     found = [m.trunk for m in modules if isinstance(m, nets.Encoder)]
     found += [t for m in modules if isinstance(m, nets.Joint) for t in m.trunks]
     one = size(nets.modalities("mnist-split3")[0].encoder(64).trunk)
@@ -845,31 +820,6 @@ def test_encoders_and_decoders_run_no_more_than_they_must(name):
     assert max(n for module, n in rows.items() if not isinstance(module, nets.Decoder)) == 5
     decodings = {"meme": 4, "mmvae": 6, "svae": 2, "vaevae": 1, "mvae": 2}[name]
     assert max(rows[module] for module in model.decoders) == 5 * decodings
-
-
-# --------------------------------------------------------------------------------------------- DReG
-
-
-def encoder_gradients(objective, xs, draws):
-    """The gradient of a nearly exact encoder, draw by draw. -> mean, standard deviation of the
-    mean"""
-    model, found = exact_model("mmvae", 1, objective=objective, samples=10), []
-    for encode in model.encoders:
-        encode.logvar.data += 0.3
-    for _ in range(draws):
-        grads = torch.autograd.grad(model.objective(*xs), list(model.encoders[0].parameters()))
-        found.append(torch.cat([g.flatten() for g in grads]))
-    found = torch.stack(found)
-    return found.mean(0), found.std(0) / draws**0.5
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_dreg_is_unbiased_and_less_noisy_for_one_modality_and_biased_for_two(biased):
-    xs = pair(64) if biased else only(pair(64), 0)
-    (a, error_a), (b, error_b) = [encoder_gradients(o, xs, 400) for o in ("iwae", "dreg")]
-    far = (a - b).abs() > 5 * (error_a**2 + error_b**2).sqrt()
-    assert far.any() == biased
-    assert biased or error_b.mean() < 0.8 * error_a.mean()
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -912,6 +862,7 @@ ALL, ONE, TWO = (True, True), (True, False), (False, True)
 THREE, TWOS = (True,) * 3, [(True, True, False), (True, False, True), (False, True, True)]
 UNTRAINED = [
     ("meme", dict(direction="x0"), [ALL, ONE], [ALL, TWO], "x0"),
+    ("meme", {}, [ALL, TWO], None, ""),
     ("svae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("svae", dict(objective="svae"), [ALL], None, ""),
     ("vaevae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
@@ -955,10 +906,8 @@ def test_likelihoods_and_means_are_those_of_torch():
         found = nets.log_prob(modality, parameter, x)
         assert_close(found, density.log_prob(x).sum((-1, -2)))
         assert_close(nets.mean(modality, parameter), density.mean)
-        assert nets.log_prob(modality, parameter.bfloat16(), x).dtype == torch.float32
-    with pytest.raises(
-        ValueError, match="none of bernoulli, laplace, normal, poisson, categorical"
-    ):
+    known = "none of bernoulli, laplace, normal, poisson, categorical"
+    with pytest.raises(ValueError, match=known):
         nets.log_prob(modality._replace(likelihood="x"), parameter, x)
 
 
@@ -966,7 +915,10 @@ def test_padding_is_not_scored_and_every_other_word_is():
     modality = nets.modalities("cub", vocabulary=4)[1]
     logits, x = torch.randn(3, 2, 32, 4), torch.randint(4, (2, 32))
     each = Categorical(logits=logits).log_prob(x)  # words 0 to 3, of which 1 is <pad>
-    assert_close(nets.log_prob(modality, logits, x), torch.where(x == 1, 0, each).sum(-1))
+    known = torch.where(x == 1, 0, each).sum(-1)
+    assert_close(nets.log_prob(modality, logits, x), known)
+    assert_close(nets.log_prob(modality, logits[0], x), known[0])
+    assert nets.log_prob(modality, logits.bfloat16(), x).dtype == torch.float32
     assert_close(nets.mean(modality, logits), logits.softmax(-1))
 
 
