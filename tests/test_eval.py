@@ -432,6 +432,20 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
     assert found["log_likelihood"]["mnist"] == pytest.approx(math.log(1000))
     assert sizes.count(1000) == 100 + 100  # 2^20 / (1000 * 784): one example of mnist at a time
 
+    class Large(Counting):
+        def decode(self, z):
+            return [torch.zeros(1).expand(len(z), n) for n in (2**21, 1)]
+
+        def log_likelihood(self, *xs, samples, given=None):
+            sizes.append((pattern(xs), samples, len(xs[1] if xs[0] is None else xs[0])))
+            return torch.zeros(sizes[-1][-1])
+
+    large = data.Split([torch.zeros(1).expand(2, 2**21), torch.zeros(2, 1)])
+    dataset = toy(n=4)._replace(test=large, names=("a", "b"))
+    sizes.clear()
+    evaluation.log_likelihood(Large(SHAPES), dataset, samples=3)
+    assert sizes.count(((True, False), 1, 1)) == 2 * 2 * 3  # a sample of an example, p(a), p(a|b)
+
 
 def asked(examples=5, **options):
     """What a model of three bands is asked for. -> {name: (what, given)}, by initials, {name: nats}"""
