@@ -162,22 +162,27 @@ def test_logistic_regression_is_converged_and_agrees_with_lbfgs():
     assert np.allclose(w[:-1], a.detach(), atol=1e-3)
 
 
+def gradient(z, y, w, l2):
+    """1/N Σ_n z_n (softmax(W'z_n) - 1[y_n])' + l2 W, the biases without their l2."""
+    p = torch.from_numpy(z @ w[:-1] + w[-1]).softmax(1).numpy() - np.eye(4)[y]
+    return np.vstack([z.T @ p / len(z) + l2 * w[:-1], p.mean(0)])
+
+
 def test_the_gradient_of_the_default_logistic_regression_vanishes():
-    """1/N Σ_n z_n (softmax(W'z_n) - 1[y_n])' + l2 W = 0, l2 = 1e-4, without the biases' l2"""
     z, y = blobs(300)
     w = evaluation.logistic_regression(z, y, 4)
-    p = torch.from_numpy(z @ w[:-1] + w[-1]).softmax(1).numpy() - np.eye(4)[y]
-    gradient = np.vstack([z.T @ p / 300 + 1e-4 * w[:-1], p.mean(0)])
-    assert np.abs(gradient).max() < 1e-6
+    assert np.abs(gradient(z, y, w, 1e-4)).max() < 1e-6
     assert not evaluation.logistic_regression(z, y, 4, tolerance=9).any()  # no step, W = 0
 
 
-@pytest.mark.parametrize("l2, width", [(1e-4, 0.1), (1e-8, 0.1), (1e-12, 0.99)])
+@pytest.mark.parametrize("l2, width", [(1e-4, 0.1), (1e-8, 0.1), (1e-8, 0.9)])
 def test_logistic_regression_converges_on_separable_classes(l2, width):
     z = np.repeat(np.arange(4.0), 50)[:, None] + np.tile([0, width], 100)[:, None]
+    z[-1] += 3  # so that logits reach a thousand
     y = np.repeat(np.arange(4), 50)
     w = evaluation.logistic_regression(z, y, 4, l2=l2)
     assert ((z @ w[:-1] + w[-1]).argmax(1) == y).all()
+    assert np.abs(gradient(z, y, w, l2)).max() < 1e-5
 
 
 def test_the_probe_scales_test_samples_by_training_s_and_penalises_by_a_ten_thousandth(monkeypatch):
