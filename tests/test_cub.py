@@ -273,7 +273,7 @@ def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
 
 @pytest.mark.parametrize("total, steps", [(8000.5, 3), (7998.5, 2), (90, 1)])
 def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(total, steps, monkeypatch):
-    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j), m_ij = 5 (Σ_k n_ik) p_j, p_j ∝ frequency^.75"""
+    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),  m_ij = 5 (Σ_k n_ik) p_j, of frequency^.75"""
     tokens, words = sentences(60)
     v, rng, asked = len(words), np.random.default_rng(0), []
     often = np.concatenate([[0, 0, 0], np.logspace(0, 2, v - 3)])

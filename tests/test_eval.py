@@ -454,7 +454,7 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
 
 
 def asked(examples=5, **options):
-    """What a model of three bands is asked for. -> {name: (what, given)}, by initials, {name: nats}"""
+    """What a model of three bands is asked for, by initials. -> {name: (what, given)}, {name: nats}"""
     dataset, calls = toy("mnist-split3", n=14), []
     first = dataset.test[torch.arange(min(examples, 7))]
 
