@@ -17,18 +17,18 @@ AB = "a", "b"
 
 
 def test_who_is_paired_is_drawn_at_random_and_the_rest_is_shared_out():
-    names, whole, rest = ("a", "b", "c"), set(), set(range(20))
+    names, everyone = ("a", "b", "c"), set(range(20))
     alone = [(True, False, False), (False, True, False), (False, False, True)]
     for unpaired in ("split", "rest", "all", "c", "none"):
         (shown, index), *others = data.pairing(20, names, 0.36, unpaired)  # 7.2 of 20: 7
         assert shown == (True,) * 3 and len(set(index.tolist())) == 7
         whole, sets = set(index.tolist()), [set(index.tolist()) for _, index in others]
-        rest = set(range(20)) - whole
+        rest = everyone - whole
         assert [shown for shown, _ in others] == {"c": alone[2:], "none": []}.get(unpaired, alone)
         if unpaired == "split":
             assert [len(part) for part in sets] == [5, 4, 4] and set.union(*sets) == rest
         else:
-            assert all(part == (set(range(20)) if unpaired == "all" else rest) for part in sets)
+            assert all(part == (everyone if unpaired == "all" else rest) for part in sets)
     drawn = [data.pairing(20, names, 0.2, "none", seed=k)[0][1] for k in range(200)]
     often = torch.cat(drawn).bincount(minlength=20)
     assert often.min() > 20 and often.max() < 65  # each of the 20 in a fifth of the 200: 40

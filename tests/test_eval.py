@@ -162,22 +162,27 @@ def test_logistic_regression_is_converged_and_agrees_with_lbfgs():
     assert np.allclose(w[:-1], a.detach(), atol=1e-3)
 
 
+def gradient(z, y, w, l2):
+    """1/N Σ_n z_n (softmax(W'z_n) - 1[y_n])' + l2 W, the biases without their l2."""
+    p = torch.from_numpy(z @ w[:-1] + w[-1]).softmax(1).numpy() - np.eye(4)[y]
+    return np.vstack([z.T @ p / len(z) + l2 * w[:-1], p.mean(0)])
+
+
 def test_the_gradient_of_the_default_logistic_regression_vanishes():
-    """1/N Σ_n z_n (softmax(W'z_n) - 1[y_n])' + l2 W = 0, l2 = 1e-4, without the biases' l2"""
     z, y = blobs(300)
     w = evaluation.logistic_regression(z, y, 4)
-    p = torch.from_numpy(z @ w[:-1] + w[-1]).softmax(1).numpy() - np.eye(4)[y]
-    gradient = np.vstack([z.T @ p / 300 + 1e-4 * w[:-1], p.mean(0)])
-    assert np.abs(gradient).max() < 1e-6
+    assert np.abs(gradient(z, y, w, 1e-4)).max() < 1e-6
     assert not evaluation.logistic_regression(z, y, 4, tolerance=9).any()  # no step, W = 0
 
 
-@pytest.mark.parametrize("l2, width", [(1e-4, 0.1), (1e-8, 0.1), (1e-12, 0.99)])
+@pytest.mark.parametrize("l2, width", [(1e-4, 0.1), (1e-8, 0.1), (1e-8, 0.9)])
 def test_logistic_regression_converges_on_separable_classes(l2, width):
     z = np.repeat(np.arange(4.0), 50)[:, None] + np.tile([0, width], 100)[:, None]
+    z[-1] += 3  # so that logits reach a thousand
     y = np.repeat(np.arange(4), 50)
     w = evaluation.logistic_regression(z, y, 4, l2=l2)
     assert ((z @ w[:-1] + w[-1]).argmax(1) == y).all()
+    assert np.abs(gradient(z, y, w, l2)).max() < 1e-5
 
 
 def test_the_probe_scales_test_samples_by_training_s_and_penalises_by_a_ten_thousandth(monkeypatch):
@@ -330,7 +335,8 @@ def test_latent_accuracy_is_of_samples_and_not_of_means():
 
 def test_the_probe_is_fitted_on_every_training_image_once_and_tested_on_all_examples(monkeypatch):
     dataset, given = toy(n=40), []
-    rows = torch.cat([torch.randperm(39), torch.randperm(39)])  # every image twice
+    rows = torch.randperm(78) // 2  # every image twice
+    late = sum(rows.tolist().index(k) >= 30 for k in range(39))
     train = data.Split(dataset.train.bases, [rows, rows], dataset.train.labels[rows])
     mask = torch.ones(78, 2, dtype=torch.bool)
     mask[:30, 1] = False
@@ -339,7 +345,7 @@ def test_the_probe_is_fitted_on_every_training_image_once_and_tested_on_all_exam
     model = Sampled(SHAPES)
     assert evaluation.latent_accuracy(model, dataset)["latent_accuracy"] == {"mnist": 1, "svhn": 2}
     first, second = (True, False), (False, True)
-    assert model.asked == [(first, 39), (first, 20), (second, 9), (second, 20)]
+    assert model.asked == [(first, 39), (first, 20), (second, late), (second, 20)]
     for train_z, train_y, test_z, test_y in given:
         assert np.allclose(train_z[:, 0], train_y) and np.allclose(test_z[:, 0], test_y)
         assert (test_y == dataset.test.labels.numpy()).all()
@@ -432,9 +438,23 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
     assert found["log_likelihood"]["mnist"] == pytest.approx(math.log(1000))
     assert sizes.count(1000) == 100 + 100  # 2^20 / (1000 * 784): one example of mnist at a time
 
+    class Large(Counting):
+        def decode(self, z):
+            return [torch.zeros(1).expand(len(z), n) for n in (2**21, 1)]
+
+        def log_likelihood(self, *xs, samples, given=None):
+            sizes.append((pattern(xs), samples, len(xs[1] if xs[0] is None else xs[0])))
+            return torch.zeros(sizes[-1][-1])
+
+    large = data.Split([torch.zeros(1).expand(2, 2**21), torch.zeros(2, 1)])
+    dataset = toy(n=4)._replace(test=large, names=("a", "b"))
+    sizes.clear()
+    evaluation.log_likelihood(Large(SHAPES), dataset, samples=3)
+    assert sizes.count(((True, False), 1, 1)) == 2 * 2 * 3  # a sample of an example, p(a), p(a|b)
+
 
 def asked(examples=5, **options):
-    """What a model of three bands is asked for. -> {name: (what, given)}, by initials, {name: nats}"""
+    """What a model of three bands is asked for, by initials. -> {name: (what, given)}, {name: nats}"""
     dataset, calls = toy("mnist-split3", n=14), []
     first = dataset.test[torch.arange(min(examples, 7))]
 
@@ -654,7 +674,9 @@ def test_the_members_of_an_oracle_are_trained_one_by_one_on_draws_of_worn_images
         def forward(self, x):
             return self.head(self.features(x))
 
-    split, fits = toy(n=300).train, []
+    labels, fits = torch.randint(10, (10_050,)), []
+    digits = (25 * labels).byte()[:, None, None, None]
+    split = data.Split([digits, digits.expand(-1, 3, 2, 2)], labels=labels)
     monkeypatch.setattr(oracles, "Classifier", Tiny)
     monkeypatch.setattr(oracles, "worn", lambda x: x + torch.rand(len(x), 3, 1, 1))
     monkeypatch.setattr(oracles.GaussianProcess, "fit", lambda self, *xs: fits.append(xs))
@@ -667,7 +689,7 @@ def test_the_members_of_an_oracle_are_trained_one_by_one_on_draws_of_worn_images
         optimizer = torch.optim.AdamW(member.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=9)
         for _ in range(9):
-            index = torch.randint(300, (128,))
+            index = torch.randint(10_050, (128,))
             optimizer.zero_grad()
             logits = member(split.take(1, index) + torch.rand(128, 3, 1, 1))
             F.cross_entropy(logits, split.labels[index]).backward()
@@ -676,8 +698,8 @@ def test_the_members_of_an_oracle_are_trained_one_by_one_on_draws_of_worn_images
     for key, value in replayed.state_dict().items():
         assert torch.allclose(found.state_dict()[key], value, atol=1e-6)
     assert not found.training
-    ((h, y, steps),) = fits  # the process on the first's features of unworn images, each once
-    assert steps == 9 and torch.equal(y.sort()[0], split.labels.sort()[0])
+    ((h, y, steps),) = fits  # the process on the first's features of 10,000 unworn images
+    assert steps == 9 and len(h) == len(y) == 10_000 and y.bincount().min() > 800
     assert torch.allclose(h, found.members[0].gain * (y[:, None] * 25 / 255), atol=1e-4)
 
 
