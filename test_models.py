@@ -1144,7 +1144,7 @@ for name in sys.argv[1:]:
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         with torch.no_grad():
             for w, g in zip(weights, gradients):
-                w -= 0 if g is None else 1e-3 * g.sign()
+                w -= 0 if g is None else 1e-4 * g.sign()
         losses.append(loss.item())
     assert losses[-1] < losses[0], (name, losses)
 assert not {"data", "eval", "benchmarks"} & set(sys.modules)

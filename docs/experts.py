@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+from benchmarks.tables import number  # noqa: E402
 from oracles import shares  # noqa: E402
 
 
@@ -38,7 +39,7 @@ def main():
     p.add_argument("runs", nargs="+", help="run folders of svae.py and mvae.py, of one data set")
     runs = [evaluation.load_run(folder) for folder in p.parse_args().runs]
     name, root = runs[0].args["dataset"], runs[0].args["data"]
-    dataset, oracles, _ = evaluation.prepare(name, root, "cpu")
+    dataset, oracles, _ = evaluation.prepare(name, root, "cpu", runs[0].args["spec"])
     xs, rows = dataset.train[torch.arange(1000)], {}
     for run in runs:
         options = run.args["options"]
@@ -55,7 +56,7 @@ def main():
     print(f"| model | lr | experts | seeds | {' | '.join(titles)} |")
     print("| --- " * (4 + len(titles)) + "|")
     for setting, numbers in rows.items():
-        cells = [evaluation.number(values) for values in numbers.values()]
+        cells = [number(values) for values in numbers.values()]
         seeds = len(numbers["objective"])
         print(f"| {' | '.join(setting)} | {seeds} | {' | '.join(cells)} |")
 
