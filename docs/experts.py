@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
-from benchmarks.tables import number  # noqa: E402
+from benchmarks import tables  # noqa: E402
 from oracles import shares  # noqa: E402
 
 
@@ -56,7 +56,7 @@ def main():
     print(f"| model | lr | experts | seeds | {' | '.join(titles)} |")
     print("| --- " * (4 + len(titles)) + "|")
     for setting, numbers in rows.items():
-        cells = [number(values) for values in numbers.values()]
+        cells = [tables.number(values) for values in numbers.values()]
         seeds = len(numbers["objective"])
         print(f"| {' | '.join(setting)} | {seeds} | {' | '.join(cells)} |")
 
