@@ -19,7 +19,7 @@ import nets
 from benchmarks import oracles
 
 
-ORACLE_STEPS = {"image": 600, "mnist": 600, "svhn": 1500}
+ORACLE_STEPS = {"image": 2000, "mnist": 1000, "svhn": 1500}
 
 
 def load(name, root):
