@@ -906,9 +906,9 @@ UNTRAINED = [
     ("svae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
     ("svae", dict(objective="svae"), [ALL], None, ""),
     ("vaevae", dict(objective="vaevae"), [ALL, ONE, TWO], [ALL, ONE], "x1"),
-    ("vaevae", dict(objective="svae"), [ALL], None, ""),
-    ("vaevae", dict(objective="svae"), [THREE], TWOS, "x0 and x1 and x2"),
-    ("vaevae", dict(objective="svae"), [THREE], TWOS[:2], "x1 and x2"),
+    ("vaevae", dict(objective="svae"), [ALL], [ONE, TWO], "shows x0 and x1"),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS, "shows x0 and x1 and x2"),
+    ("vaevae", dict(objective="svae"), [THREE], TWOS[:2], "shows x1 and x2"),
     ("vaevae", dict(objective="svae", variant="a"), TWOS, None, ""),
 ]
 
