@@ -442,6 +442,7 @@ def test_dreg_has_iwae_s_value_and_squared_weights_for_the_encoders(
 @pytest.mark.parametrize("posterior, spread", [("normal", (2 / math.pi) ** 0.5), ("laplace", 1.0)])
 def test_mmvae_draws_standard_noise(posterior, spread):
     model = small_model("mmvae", 2, posterior=posterior, samples=5_000)
+    assert not linear_model("mmvae").prior_logvar.any()  # and p(z) starts as N(0, I), or Laplace
     eps = model.noise(7 + torch.randn(2, B, L))
     assert eps.shape == (2, 5_000, B, L)
     assert_close(eps.mean(1), torch.zeros(2, B, L), atol=0.1, rtol=0)
@@ -967,6 +968,8 @@ def test_networks_are_what_they_are_called():
                    for h_m, layer in zip(h, joint.layers)], 1)  # fmt: skip
     assert h.shape == (4, 2 * 512)
     assert_close(joint(xs), nets.gaussian(joint.head(h)))
+    channels_last = torch.arange(30).view(1, 3, 5, 2)
+    assert_close(nets.Map(2, 3, 5)(channels_last.flatten(1)), channels_last.permute(0, 3, 1, 2))
     with torch.autocast("cpu", torch.bfloat16):
         assert modalities[0].decoder(3)(torch.randn(5, 3)).dtype == torch.float32
     weight, words = torch.randn(7, 128), torch.randint(7, (2, 32))
