@@ -10,7 +10,7 @@
 "dreg" has the value of "iwae" and the doubly reparameterised gradient of Tucker et al. (2019) as
 published.
 Shapes: B examples, K samples, R experts, L latent dimensions. A missing modality is None.
-Run:    python mmvae.py    # 1-2 minutes on two CPU cores; eval.py: cross coherence .997 .998
+Run:    python mmvae.py    # 1-2 minutes on two CPU cores; eval.py: cross coherence .990 .982
 """
 
 import math
@@ -97,13 +97,10 @@ class MMVAE(nn.Module):
             mu, logvar = mu.detach(), logvar.detach()
         log_w = self.log_weights(xs, z, mu, logvar)  # (R, K, B)
         bound = (log_w.logsumexp(over) - math.log(math.prod([log_w.shape[k] for k in over]))).mean()
-        if self.estimator == "dreg":
+        if self.estimator == "dreg" and z.requires_grad:  # the bound's gradient has w, DReG's w^2
             w = log_w.detach().flatten(0, 1).softmax(0) if self.tight else log_w.detach().softmax(1)
             w = w.view_as(log_w)
-            if z.requires_grad:
-                z.register_hook(lambda gradient: w[..., None] * gradient)  # w^2 for the encoders
-            surrogate = (w * log_w).sum(over).mean()
-            bound = bound.detach() + surrogate - surrogate.detach()
+            z.register_hook(lambda gradient: w[..., None] * gradient)
         return bound
 
     def noise(self, mu):
