@@ -24,7 +24,7 @@ import nets
 
 DEFAULTS = {
     "glyphs": dict(epochs=5, batch_size=64, lr=1e-3, latent_dim=20, experts="exact"),
-    "mnist-split": dict(epochs=200, batch_size=100, lr=2e-4, latent_dim=64),
+    "mnist-split": dict(epochs=200, batch_size=100, lr=2e-4, latent_dim=64, experts="exact"),
     "mnist-split3": dict(epochs=50, batch_size=100, lr=2e-4, latent_dim=64),
     "mnist-svhn": dict(epochs=50, batch_size=256, lr=1e-4, latent_dim=20),
     "cub": dict(epochs=200, batch_size=100, lr=1e-4, latent_dim=64),

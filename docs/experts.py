@@ -37,9 +37,14 @@ def flatness(model, xs):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("runs", nargs="+", help="run folders of svae.py and mvae.py, of one data set")
-    runs = [evaluation.load_run(folder) for folder in p.parse_args().runs]
+    p.add_argument("--no-oracles", action="store_true", help="without what they read")
+    args = p.parse_args()
+    runs = [evaluation.load_run(folder) for folder in args.runs]
     name, root = runs[0].args["dataset"], runs[0].args["data"]
-    dataset, oracles, _ = evaluation.prepare(name, root, "cpu", runs[0].args["spec"])
+    if args.no_oracles:
+        dataset = data.load(name, root)
+    else:
+        dataset, oracles, _ = evaluation.prepare(name, root, "cpu", runs[0].args["spec"])
     xs, rows = dataset.train[torch.arange(1000)], {}
     for run in runs:
         options = run.args["options"]
@@ -48,8 +53,8 @@ def main():
         log = data.read_checkpoint(run.folder / "checkpoint.pt")["log"]
         numbers = {"objective": log[-1]["objective"]}
         numbers |= {"alive": alive(run.model, xs), "logvar": flatness(run.model, xs)}
-        read = shares(run, dataset, oracles).items()
-        numbers |= {key: share for key, share in read if "self" not in key}
+        read = {} if args.no_oracles else shares(run, dataset, oracles)
+        numbers |= {key: share for key, share in read.items() if "self" not in key}
         for key, number in numbers.items():
             rows.setdefault(setting, {}).setdefault(key, []).append(number)
     titles = list(next(iter(rows.values())))
