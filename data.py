@@ -334,6 +334,8 @@ example: floats (n, features), whole numbers (n, features) for counts, (n,) for 
 test_labels (n,) are for the evaluation; train_mask (n, modalities) is true where an example shows a
 modality, in place of --paired. Each feature of floats is scaled to mean 0 and deviation 1, unless
 --no-standardise is given.
+
+The defaults above are those of glyphs, or of the --dataset that stands beside --help.
 """
 
 

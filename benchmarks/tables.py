@@ -46,7 +46,7 @@ SECTIONS = {  # the keys of metrics.json: a column of the table, if it has one, 
     ),
     "regenerated_log_p": (
         None,
-        "log p(x|z), nats, of a modality x from z of another: how likely the decoder finds it",
+        "log p(x|z), nats, of x right of the arrow, z from what is left of it: how likely x is found",
     ),
     "latent_accuracy": (
         "latent {}",

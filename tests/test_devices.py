@@ -226,7 +226,7 @@ def test_from_the_first_batch_of_an_epoch_to_the_last_nothing_waits(
     flags = f"--dataset {arrays} --paired 0.5 --unpaired all --batch-size 16 --epochs 1".split()
     p, common = script.parser(flags)
     args, state = p.parse_args(flags), {"epoch": 0, "log": []}
-    dataset, streams, model, _ = script.build(p, args, common, 1)
+    dataset, streams, model, _ = script.build(p, args, common, 1, {})
     args.device = "meta"
     net, optimizer = script.start(args, model, dataset.train, streams, state, 1)
     script.train(args, tmp_path, model, net, optimizer, dataset, streams, state, 0, 1)

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import meme
 import nets
-from benchmarks import drawing, oracles
+from benchmarks import drawing, oracles, tables
 from benchmarks.glyphs import glyphs
 from helpers import READERS, SHAPES, Perfect, Reader, toy
 
@@ -509,6 +509,7 @@ def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
             return (found, {f"{name} disputed": 1}) if judged else found
 
         monkeypatch.setattr(evaluation, name, metric)
+    monkeypatch.setattr(evaluation.npz, "evaluate", lambda *arguments: {"regenerated": arguments})
 
     def metrics(dataset, oracles, *options, **more):
         calls.clear()
@@ -533,10 +534,12 @@ def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
     found = metrics(split, oracles, examples=0)
     assert list(found) == ["split_accuracy", "disputed", "latent_accuracy"]
     assert found["disputed"] == {"split_accuracy disputed": 1}
-    assert list(metrics(own, {})) == ["latent_accuracy", "log_likelihood"]
+    found = metrics(own, {}, seed=9)
+    assert list(found) == ["regenerated", "latent_accuracy", "log_likelihood"]
+    assert found["regenerated"] == (model, own, 9)
     for part in ("train", "test"):
         bare = own._replace(**{part: data.Split(getattr(own, part).bases)})
-        assert list(metrics(bare, {})) == ["log_likelihood"]
+        assert list(metrics(bare, {})) == ["regenerated", "log_likelihood"]
 
 
 def test_birds_are_correlated_and_spectra_ranked_in_place_of_all_else(monkeypatch):
@@ -556,9 +559,9 @@ def test_birds_are_correlated_and_spectra_ranked_in_place_of_all_else(monkeypatc
 
 
 def test_a_number_is_its_mean_and_sample_deviation_over_what_is_finite():
-    assert evaluation.number([0.1, 0.2, 0.6]) == "0.300 ± 0.265"  # √((.04 + .01 + .09) / 2)
-    assert evaluation.number([-9.0, -10.0, math.nan]) == "-9.5 ± 0.7"
-    assert evaluation.number([9.99]) == "9.990" and evaluation.number([-math.inf]) == "–"
+    assert tables.number([0.1, 0.2, 0.6]) == "0.300 ± 0.265"  # √((.04 + .01 + .09) / 2)
+    assert tables.number([-9.0, -10.0, math.nan]) == "-9.5 ± 0.7"
+    assert tables.number([9.99]) == "9.990" and tables.number([-math.inf]) == "–"
 
 
 def test_greys_are_pseudo_likelihoods_of_a_bernoulli_and_bits_are_not():
