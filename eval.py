@@ -31,7 +31,7 @@ import data
 import nets
 from benchmarks import drawing, npz
 from benchmarks.oracles import each, load_oracle
-from benchmarks.tables import columns, grouped, listing, paper_row, row_names, setting, table
+from benchmarks.tables import columns, grouped, listing, row_names, setting, table
 
 # -------------------------------------------------------------------- numpy: arrays in, numbers out
 

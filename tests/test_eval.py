@@ -918,7 +918,7 @@ def test_the_papers_rows_stand_under_ours():
 )
 def test_the_papers_row_is_that_of_the_setting(setting, shown):
     run = result(dataset="mnist-svhn")["run"] | setting
-    row = evaluation.paper_row(run, ["mnist→svhn", "latent mnist"])
+    row = tables.paper_row(run, ["mnist→svhn", "latent mnist"])
     assert " ".join(row[:2] + row[6:]) == shown
 
 
