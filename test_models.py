@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Laplace, MixtureSameFamily
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, Poisson, kl_divergence
 from torch.testing import assert_close
 
 import data
@@ -904,7 +904,9 @@ def test_bernoulli_is_refused_for_values_that_it_cannot_have():
 def test_likelihoods_and_means_are_those_of_torch():
     parameter, x = torch.randn(3, 4, 2, 5), torch.rand(4, 2, 5)
     densities = [("normal", Normal(parameter, 0.3), x), ("laplace", Laplace(parameter, 0.3), x)]
-    for kind, density, x in [*densities, ("bernoulli", Bernoulli(logits=parameter), x.round())]:
+    densities += [("bernoulli", Bernoulli(logits=parameter), x.round())]
+    densities += [("poisson", Poisson(parameter.exp()), (5 * x).round())]
+    for kind, density, x in densities:
         modality = nets.Modality("x", (2, 5), None, None, kind, weight=9.0, scale=0.3)
         found = nets.log_prob(modality, parameter, x)
         assert_close(found, density.log_prob(x).sum((-1, -2)))
