@@ -836,6 +836,7 @@ def main(argv=None):
         print(listing(results[0], args.paper) if single else table(results, args.paper))
     try:
         if results and args.figures:
+            args.figures.mkdir(parents=True, exist_ok=True)
             draw_models(results, pages, args.figures)
             curves(results, args.figures, args.against.replace("-", "_"))
             compare(results, args.figures)

@@ -103,6 +103,17 @@ def grouped(results):
     return list(groups.values())
 
 
+def in_order(groups):
+    """Models as they come first; of each, whole pairs first."""
+    models = list(dict.fromkeys(group[0]["run"]["model"] for group in groups))
+
+    def place(group):
+        run = group[0]["run"]
+        return models.index(run["model"]), run["unpaired"], -run["paired"]
+
+    return sorted(groups, key=place)
+
+
 def row_names(groups, shown=("paired", "unpaired", "epoch")):
     """The model of each group and the flags in which a model's groups differ: MEME kl=sample.
 
@@ -162,7 +173,7 @@ def table(results, paper=False):
     lines = []
     for name in dict.fromkeys(r["data"] for r in results):
         chosen = [r for r in results if r["data"] == name]
-        groups = grouped(chosen)
+        groups = in_order(grouped(chosen))
         titles = list(dict.fromkeys(t for r in chosen for t in columns(r)))
         head = ["model", "paired", "unpaired", "epochs", "seeds", "minutes", *titles]
         lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -222,7 +233,7 @@ def notes(results):
         if doubt := sorted({t for found in shares for t, share in found.items() if share > 0.05}):
             lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
     if any(not r.get("prior", True) for r in results):
-        lines.append("MEME's p(z), of pseudo-samples, is trained by single modalities: left out.")
+        lines.append("MEME's p(z), of pseudo-samples, is trained by single modalities: a dash without.")
     limited = [r for r in results if r["run"].get("limit")]
     for limit in sorted({r["run"]["limit"] for r in limited}):
         folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)

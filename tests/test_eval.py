@@ -867,6 +867,13 @@ def test_the_table_is_mean_and_std_over_the_seeds():
     assert "grey 0.999" in text and "pseudo-likelihood" in text and "K = 1,000" in text
 
 
+def test_rows_stand_by_model_and_from_whole_pairs_down():
+    found = [("MVAE", 0.25), ("MEME", 0.5), ("MVAE", 1), ("MEME", 1)]
+    lines = evaluation.table([result(model, paired=f) for model, f in found]).splitlines()
+    rows = [line.split(" | ")[:2] for line in lines if " | split | " in line]
+    assert rows == [["| MVAE", "1"], ["| MVAE", "0.25"], ["| MEME", "1"], ["| MEME", "0.5"]]
+
+
 def test_rows_are_named_after_the_options_that_differ():
     text = evaluation.table([result(kl="closed"), result(kl="sample"), result("MVAE", anneal=0)])
     assert "MEME kl=closed |" in text and "MEME kl=sample |" in text and "| MVAE |" in text
@@ -988,6 +995,10 @@ def test_figures_of_runs_and_their_curve(runs, tmp_path):
     drawn = "generation", "latent", "relatedness"
     of_runs = {f"run{k}-{what}.png" for k in range(3) for what in drawn}
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"own-paired.png"} | of_runs
+    for run in runs:  # the curve needs no more than their metrics
+        (run / "checkpoint.pt").unlink()
+    evaluate(*runs, "--figures", tmp_path / "curve")
+    assert [p.name for p in (tmp_path / "curve").iterdir()] == ["own-paired.png"]
 
 
 def test_without_matplotlib_the_table_is_printed_all_the_same(runs, tmp_path, capsys, monkeypatch):
