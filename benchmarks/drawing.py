@@ -338,6 +338,11 @@ def gradient_histogram(ratios, heading, path):
     finish(figure, path, f"{heading} · signal to noise of the gradient")
 
 
+def fraction(x):
+    """A number as short text: 1/64 rather than 0.015625."""
+    return f"1/{1 / x:g}" if 0 < x < 1 and math.log2(x).is_integer() else f"{x:g}"
+
+
 def curves(lines, heading, path):
     """A panel per metric, against a number: a line per setting, mean and spread over its runs.
 
@@ -361,7 +366,7 @@ def curves(lines, heading, path):
             ax.plot(x, mean, "os^Dv"[k % 5], ls=dash, color=colour, ms=4, label=label)
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xscale="log", title=metric.replace("\\", ""))
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks(ticks, [fraction(tick) for tick in ticks])
         ax.minorticks_off()
     for ax in axes.flat[len(metrics) :]:
         ax.set_axis_off()

@@ -1077,5 +1077,6 @@ def test_a_curve_has_a_line_per_model_setting_and_fraction(tmp_path, monkeypatch
     for flag in ("spec", "nothing", "unpaired"):
         with pytest.raises(ValueError, match=f"--against {flag}"):
             lines(pseudo, against=flag)
+    assert [*map(drawing.fraction, (0, 0.015625, 0.1, 0.5, 1, 30))] == "0 1/64 0.1 1/2 1 30".split()
     monkeypatch.undo()
     plt.close("all")
