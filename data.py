@@ -729,8 +729,8 @@ def load_npz(path, limit=None, likelihoods=None, constants=None):
         if not shapes[name]:
             classes[name] = 1 + int(max(x.max() for x in both))
         elif likelihood in ("laplace", "normal") and both[0].ndim != 4:
-            own = constants_of(both[0][:limit][shown[:limit]]) if constants is None else None
-            own = own or constants.get(name)
+            train = both[0][:limit][shown[:limit]]
+            own = constants_of(train) if constants is None else constants.get(name)
             both = [standardise(x.astype(np.float64), own) if own else x for x in both]
             scaled |= {name: own} if own else {}
         for found, x in zip(bases, both):

@@ -564,7 +564,6 @@ def read_metrics(folder):
 
 def draw(run, dataset, oracles, folder, root, seed=0):
     """All figures of one run, named after it. -> generations' rows, of labelled images"""
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     heading, rows = drawing.title(run), []
 
@@ -573,7 +572,7 @@ def draw(run, dataset, oracles, folder, root, seed=0):
         print(f"drawing {found} ...", file=sys.stderr)
         return found
 
-    images = all(len(b.shape) == 4 and b.shape[1] in (1, 3) for b in dataset.test.bases)
+    images = all(map(data.drawable, dataset.test.bases))
     labelled = dataset.test.labels is not None
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
@@ -836,7 +835,6 @@ def main(argv=None):
         print(listing(results[0], args.paper) if single else table(results, args.paper))
     try:
         if results and args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
             draw_models(results, pages, args.figures)
             curves(results, args.figures, args.against.replace("-", "_"))
             compare(results, args.figures)

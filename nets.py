@@ -349,10 +349,10 @@ def modalities(
 
     name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
     arrays.
-    shapes: {modality: shape}, for npz, and for cub with features of one's own. classes: {modality: how many}, for npz, of those that are a
-    class. standardise: {modality: constants}, for npz: these have a deviation of 1 per feature.
-    vocabulary: words of cub's captions. width: scales the layers of spectra. likelihoods, weights:
-    one per modality, instead of the defaults.
+    shapes: {modality: shape}, for npz, and for cub with features of one's own. classes: {modality:
+    how many}, for npz, of those that are a class. standardise: {modality: constants}, for npz:
+    these have a deviation of 1 per feature. vocabulary: words of cub's captions. width: scales the
+    layers of spectra. likelihoods, weights: one per modality, instead of the defaults.
     Make a list per model: the caption networks of one list share one embedding. ValueError for what
     does not fit.
     """

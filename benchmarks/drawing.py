@@ -37,9 +37,10 @@ def pyplot():
 
 
 def finish(figure, path, heading=None, **options):
-    """A figure -> an image file; the figure is closed."""
+    """A figure -> an image file, in a folder that is made if need be; the figure is closed."""
     if heading:
         figure.suptitle(heading)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, **{"dpi": DPI, **options})
     pyplot().close(figure)
 

@@ -484,8 +484,8 @@ def sparse_from(arrays, part):
 
 
 def load(name, root):
-    """spectrum: 11,000 bins in [0, 1]; fingerprint: 2,149 bits, held once per compound. All spectra of a
-    compound are paired together, so that a fingerprint which is hidden is hidden in all of them."""
+    """spectrum: 11,000 bins in [0, 1]; fingerprint: 2,149 bits, held once per compound. All spectra
+    of a compound are paired together, so that a fingerprint which is hidden is hidden in all."""
     arrays, splits = read_spectra(root), []
     for part in ("train", "test"):
         spectra = sparse_from(arrays, part)

@@ -233,7 +233,8 @@ def notes(results):
         if doubt := sorted({t for found in shares for t, share in found.items() if share > 0.05}):
             lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
     if any(not r.get("prior", True) for r in results):
-        lines.append("MEME's p(z), of pseudo-samples, is trained by single modalities: a dash without.")
+        why = "MEME's p(z), of pseudo-samples, is trained by single modalities"
+        lines.append(f"{why}: a dash without.")
     limited = [r for r in results if r["run"].get("limit")]
     for limit in sorted({r["run"]["limit"] for r in limited}):
         folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)

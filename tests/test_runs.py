@@ -819,15 +819,10 @@ def test_every_result_has_its_command_and_its_whole_log():
     for out, flags in asked.items():
         args, metrics = (json.loads(page(f"{out}/{name}.json")) for name in ("args", "metrics"))
         usual = SCRIPTS[flags["script"]].parser(["--dataset", flags["dataset"]])[0].get_default
-        for key in flags.keys() - {
-            "device",
-            "resume",
-            "data",
-            "out",
-        }:  # two are paths, made absolute
-            assert args.get(key, usual(key)) == flags[key], (
-                f"{out}: {key}"
-            )  # or younger than the run
+        local = {"device", "resume", "data", "out"}  # two are paths, made absolute
+        for key in flags.keys() - local:
+            said = args.get(key, usual(key))  # or younger than the run
+            assert said == flags[key], f"{out}: {key}"
         rows = list(csv.DictReader(page(f"{out}/log.csv").splitlines()))
         assert [int(row["epoch"]) for row in rows] == [*range(1, args["epochs"] + 1)]
         assert metrics["run"] == args and metrics["epoch"] == args["epochs"]
