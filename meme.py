@@ -112,7 +112,8 @@ class MEME(nn.Module):
 
     def encode(self, xs):
         """q(z|x_m), which is p(z|x_m) too, for each observed modality. -> M times mu, logvar"""
-        return [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+        each = zip(self.encoders, xs, strict=True)
+        return [None if x is None else encode(x) for encode, x in each]
 
     def pseudo_prior(self, s=None):
         """The components of eq. (4)'s prior, p(z|u_i), for the u of all modalities but s.

@@ -62,7 +62,8 @@ class MMVAE(nn.Module):
 
     def encode(self, xs):
         """The experts of the observed modalities. -> mu, logvar, each (R, B, L)"""
-        experts = [encode(x) for encode, x in zip(self.encoders, xs) if x is not None]
+        each = zip(self.encoders, xs, strict=True)
+        experts = [encode(x) for encode, x in each if x is not None]
         return [torch.stack(parameters) for parameters in zip(*experts)]
 
     def log_density(self, z, mu, logvar):

@@ -70,7 +70,8 @@ class MVAE(nn.Module):
 
     def encode(self, xs):
         """The expert of each modality. -> M times (mu, logvar), each (B, L), or None if missing"""
-        experts = [None if x is None else encode(x) for encode, x in zip(self.encoders, xs)]
+        each = zip(self.encoders, xs, strict=True)
+        experts = [None if x is None else encode(x) for encode, x in each]
         if self.experts == "exact":
             return experts
         return [expert and bounded(*expert) for expert in experts]

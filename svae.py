@@ -94,8 +94,8 @@ class SVAE(nn.Module):
     def encode(self, xs):
         """The posteriors of all subsets of the observed modalities, each a product of M experts.
         -> {subset: [(mu, logvar), ...]}"""
-        every = range(len(xs))
-        seen = [m for m in every if xs[m] is not None]
+        every = range(len(self.modalities))
+        seen = [m for m, x in zip(every, xs, strict=True) if x is not None]
         experts = {(i, j): self.encoders[i][j](xs[j]) for i in every for j in seen}
         if self.experts == "bounded":
             experts = {which: bounded(*expert) for which, expert in experts.items()}

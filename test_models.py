@@ -557,6 +557,16 @@ def test_decode_gives_the_mean_of_every_modality(float64, name):
 
 
 @MODELS
+def test_one_modality_too_few_or_too_many_is_refused(float64, name):
+    model = small_model(name, 3)
+    xs = batch(model)
+    for wrong in (xs[:2], (*xs, xs[0])):
+        for use in (model.posterior, model.objective):
+            with pytest.raises(ValueError, match="shorter|longer"):
+                use(*wrong)
+
+
+@MODELS
 def test_every_likelihood_has_its_weight_and_every_stream(float64, name):
     model, z = small_model(name, 3).eval(), torch.randn(5, B, L)
     xs = batch(model)

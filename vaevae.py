@@ -72,7 +72,8 @@ class VAEVAE(nn.Module):
 
     def encode(self, xs):
         """The posteriors of all subsets of the observed modalities. -> {subset: [(mu, logvar)]}"""
-        seen = [m for m, x in enumerate(xs) if x is not None]
+        every = range(len(self.modalities))
+        seen = [m for m, x in zip(every, xs, strict=True) if x is not None]
         q = {(m,): [self.encoders[m](xs[m])] for m in seen}
         for size in range(2, len(seen) + 1):
             for subset in itertools.combinations(seen, size):
