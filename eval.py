@@ -77,9 +77,21 @@ def inverse_root(x, ridge):
 
 def correlation(fit, x, y):
     """Cosine of each pair's projections, centred by the fit's means, [meme] eq. (12). -> (n,)"""
-    x, y = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy  # (n, k)
-    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return (x * y).sum(1) / np.maximum(lengths, 1e-12)
+    x, y = directions(fit, x, y)
+    return (x * y).sum(1)
+
+
+def chance_correlation(fit, x, y):
+    """The mean of eq. (12) over all x (n, Dx) with all y (n, Dy), paired or not: what is generated
+    without a look at the other has this, which need not be 0. -> a number"""
+    x, y = directions(fit, x, y)
+    return x.mean(0) @ y.mean(0)
+
+
+def directions(fit, x, y):
+    """The projections of x and of y, centred by the fit's means, of length 1. -> (n, k), (n, k)"""
+    x, y = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy
+    return [p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12) for p in (x, y)]
 
 
 def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
@@ -332,10 +344,11 @@ def log_likelihood(model, dataset, examples=100, samples=1000, prior=True):
 
 def correlations(pairs, judged):
     """[meme] Table 5: the mean correlation, eq. (12), of every pair of arrays (x, y) in `judged`,
-    {name: (x, y)}, in a CCA, k = 40, whitened, that is fit to the pairs (x, y)."""
+    {name: (x, y)}, in a CCA, k = 40, whitened, that is fit to the pairs (x, y); and by chance."""
     fit = cca(*pairs, k=40)
     found = {name: float(correlation(fit, x, y).mean()) for name, (x, y) in judged.items()}
-    return {"correlation": found}
+    chance = {name: float(chance_correlation(fit, x, y)) for name, (x, y) in judged.items()}
+    return {"correlation": found, "chance_correlation": chance}
 
 
 def has_prior(model, args, dataset):

@@ -60,6 +60,10 @@ SECTIONS = {  # the keys of metrics.json: a column of the table, if it has one, 
         "corr. {}",
         "Correlation of photo and caption, one of them generated; truth: of the test pairs",
     ),
+    "chance_correlation": (
+        "chance {}",
+        "The same of all photos with all captions, whether they belong together or not",
+    ),
     "rank": ("{}", "Rank of the true candidate: the share among the first so many, the median"),
     "bits": ("bit {}", "Bits of fingerprints, predicted from spectra"),
     "log_likelihood": (

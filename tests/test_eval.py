@@ -75,11 +75,15 @@ def test_correlations_are_means_of_eq_12_of_other_pairs_in_one_fit_centred_by_it
     x, y = planted(300, (0.9, 0.6), extra=43)
     fit, others = evaluation.cca(x, y), {"here": (x, y), "shifted": (x + 1, y[::-1] - 2)}
     found = evaluation.correlations((x, y), others)
-    assert list(found) == ["correlation"] and list(found["correlation"]) == ["here", "shifted"]
+    assert list(found) == ["correlation", "chance_correlation"]
+    assert all(list(numbers) == ["here", "shifted"] for numbers in found.values())
     for name, (a, b) in others.items():
         a, b = (a - x.mean(0)) @ fit.wx, (b - y.mean(0)) @ fit.wy  # 40 pairs of 45
-        cosine = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
-        assert found["correlation"][name] == pytest.approx(cosine.mean())
+        cosine = a @ b.T / np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+        assert found["correlation"][name] == pytest.approx(cosine.diagonal().mean())
+        assert found["chance_correlation"][name] == pytest.approx(cosine.mean())
+    nothing = evaluation.correlation(fit, x.mean(0)[None], y[:1])  # no direction: no correlation
+    assert nothing == pytest.approx(0)
 
 
 def test_cca_without_whitening_solves_the_eigenproblem_of_the_published_code():
