@@ -1,6 +1,6 @@
 """Metrics as text: a table of several runs, or the list of one. What is in it was computed elsewhere.
 
-    table(results, paper=False), listing(result, paper=False)    -> text
+    table(results, paper=False), listing(result, paper=False), markdown(head, rows)    -> text
 
 A result is what metrics.json of a run holds. Runs of one setting, which differ in the seed alone,
 are one row, mean ± standard deviation.
@@ -172,6 +172,12 @@ def number(values):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
+def markdown(head, rows):
+    """A table of cells, which may be numbers."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
 def table(results, paper=False):
     """Markdown: for each data set one table, a row for the runs of a setting, over their seeds."""
     lines = []
@@ -179,8 +185,7 @@ def table(results, paper=False):
         chosen = [r for r in results if r["data"] == name]
         groups = in_order(grouped(chosen))
         titles = list(dict.fromkeys(t for r in chosen for t in columns(r)))
-        head = ["model", "paired", "unpaired", "epochs", "seeds", "minutes", *titles]
-        lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+        head, rows = ["model", "paired", "unpaired", "epochs", "seeds", "minutes", *titles], []
         for model, group in zip(row_names(groups), groups):
             run, cells = group[0]["run"], [columns(r) for r in group]
             epoch, epochs = group[0]["epoch"], str(run["epochs"])
@@ -195,11 +200,11 @@ def table(results, paper=False):
                 cell = number([c.get(t, math.nan) for c in cells])
                 shares = [d[t] for d in disputed if t in d]
                 row.append(f"{cell} ({np.mean(shares):.1%})" if shares else cell)
-            lines.append("| " + " | ".join(map(str, row)) + " |")
+            rows.append(row)
             if paper and (row := paper_row(run, titles)):
                 row[0] += " (other data)" if ":" in name or run.get("limit") else ""
-                lines.append("| " + " | ".join(row) + " |")
-        lines += ["", *notes(chosen), ""]
+                rows.append(row)
+        lines += [f"**{name}**", "", markdown(head, rows), "", *notes(chosen), ""]
     return "\n".join(lines)
 
 

@@ -58,12 +58,11 @@ def main():
         for key, number in numbers.items():
             rows.setdefault(setting, {}).setdefault(key, []).append(number)
     titles = list(next(iter(rows.values())))
-    print(f"| model | lr | experts | seeds | {' | '.join(titles)} |")
-    print("| --- " * (4 + len(titles)) + "|")
-    for setting, numbers in rows.items():
-        cells = [tables.number(values) for values in numbers.values()]
-        seeds = len(numbers["objective"])
-        print(f"| {' | '.join(setting)} | {seeds} | {' | '.join(cells)} |")
+    lines = [
+        [*setting, len(numbers["objective"]), *map(tables.number, numbers.values())]
+        for setting, numbers in rows.items()
+    ]
+    print(tables.markdown(["model", "lr", "experts", "seeds", *titles], lines))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+from benchmarks import tables  # noqa: E402
 from benchmarks.oracles import load_oracle  # noqa: E402
 
 
@@ -42,11 +43,12 @@ def main():
         for run in runs:
             for title, share in shares(run, dataset, oracles).items():
                 found.setdefault((run.args["model"], title), []).append(share)
-    print(f"| model | number | {' | '.join(f'seed {k}' for k in range(args.seeds))} | moves by |")
-    print("| --- " * (args.seeds + 3) + "|")
-    for (model, title), values in found.items():
-        cells = " | ".join(f"{value:.4f}" for value in values)
-        print(f"| {model} | {title} | {cells} | {max(values) - min(values):.4f} |")
+    head = ["model", "number", *(f"seed {k}" for k in range(args.seeds)), "moves by"]
+    rows = [
+        [*name, *(f"{share:.4f}" for share in (*values, max(values) - min(values)))]
+        for name, values in found.items()
+    ]
+    print(tables.markdown(head, rows))
 
 
 if __name__ == "__main__":

@@ -23,17 +23,11 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import nets  # noqa: E402
 from benchmarks import spectra, tables  # noqa: E402
-from svae import SVAE  # noqa: E402
-
-
-def point(mu):
-    """A Gaussian as good as at its mean: event (L,)."""
-    return Independent(Normal(mu, torch.full_like(mu, 1e-6)), 1)
+from svae import SVAE, normal  # noqa: E402
 
 
 class Plain(torch.nn.Module):
-    """The spectrum's encoder, its mean alone, and the fingerprint's decoder, with what
-    spectra.scores asks of a model."""
+    """The spectrum's encoder, of which the mean alone is trained, and the fingerprint's decoder."""
 
     def __init__(self, modalities, latent_dim):
         super().__init__()
@@ -48,11 +42,11 @@ class Plain(torch.nn.Module):
         return -nets.log_prob(self.modalities[1], logits, bits).mean()
 
     def posterior(self, spectrum, _):
-        return point(self.encoder(spectrum)[0])
+        return normal(*self.encoder(spectrum))
 
 
 class AtMean:
-    """A model with the mean of its q(z|spectrum) in place of q(z|spectrum)."""
+    """What spectra.scores asks of a model, with the mean of q(z|spectrum) in its place."""
 
     def __init__(self, model):
         self.model = model
@@ -60,7 +54,8 @@ class AtMean:
         self.eval, self.parameters = model.eval, model.parameters
 
     def posterior(self, spectrum, _):
-        return point(self.model.posterior(spectrum, None).mean)
+        mean = self.model.posterior(spectrum, None).mean
+        return Independent(Normal(mean, torch.full_like(mean, 1e-6)), 1)
 
 
 @torch.no_grad()
@@ -114,11 +109,11 @@ def ranks(model, dataset, challenges, samples):
 def show(rows):
     """A Markdown table of {title: [{column: number}, ...]}, mean ± deviation over each list."""
     titles = list(next(iter(rows.values()))[0])
-    print(f"\n| | {' | '.join(titles)} |")
-    print("| --- " * (1 + len(titles)) + "|")
-    for name, found in rows.items():
-        cells = [tables.number([numbers[title] for numbers in found]) for title in titles]
-        print(f"| {name} | {' | '.join(cells)} |")
+    cells = [
+        [name, *(tables.number([numbers[title] for numbers in found]) for title in titles)]
+        for name, found in rows.items()
+    ]
+    print("", tables.markdown(["network", *titles], cells), sep="\n")
 
 
 def both_ways(model, dataset, challenges):
@@ -154,7 +149,7 @@ def main():
         torch.manual_seed(seed)
         plain = Plain(nets.modalities("spectra", width=args.width), latent_dim=300)
         for epoch in train(plain, plain.loss, dataset, args.epochs, seed):
-            found = ranks(plain, dataset, challenges, 1)
+            found = ranks(AtMean(plain), dataset, challenges, 1)
             ranked.setdefault(f"plain, epoch {epoch}", []).append(found)
         model = started(plain, args.width)
         for epoch in train(model, lambda *xs: -model.objective(*xs), dataset, args.then, seed):
