@@ -33,6 +33,14 @@ DEFAULTS = {
     "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
 }
 
+LOGVAR_10 = 2 * math.log(10)  # a scale of 10
+
+
+def slowed(mu, logvar):
+    """Above a scale of 10 the variance grows linearly, as the softplus of MEME's authors lets scales:
+    z is anchored nowhere, and with exp(logvar) one wide posterior's KL can wreck a run."""
+    return mu, logvar.clamp(max=LOGVAR_10) + F.relu(logvar - LOGVAR_10).log1p()
+
 
 def normal(mu, logvar):
     """A diagonal Gaussian as a distribution: event (L,)."""
@@ -113,13 +121,13 @@ class MEME(nn.Module):
     def encode(self, xs):
         """q(z|x_m), which is p(z|x_m) too, for each observed modality. -> M times mu, logvar"""
         each = zip(self.encoders, xs, strict=True)
-        return [None if x is None else encode(x) for encode, x in each]
+        return [None if x is None else slowed(*encode(x)) for encode, x in each]
 
     def pseudo_prior(self, s=None):
         """The components of eq. (4)'s prior, p(z|u_i), for the u of all modalities but s.
         -> mu, logvar, each (n N, L) for n such modalities"""
         others = [m for m in range(len(self.modalities)) if m != s]
-        gaussians = [self.encoders[m](self.pseudo[m], running=True) for m in others]
+        gaussians = [slowed(*self.encoders[m](self.pseudo[m], running=True)) for m in others]
         return [torch.cat(parameters) for parameters in zip(*gaussians)]
 
     def log_p(self, m, z, x):

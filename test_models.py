@@ -733,6 +733,23 @@ def test_meme_weights_are_positive_at_most_k_and_one_on_average():
     assert_close(log_q_t_given_s[small], log_q_t.exp().mean(0).log()[small])
 
 
+def test_meme_s_variances_grow_linearly_above_a_scale_of_10():
+    cut = 2 * math.log(10)
+    logvar = torch.tensor([-9.0, 4.6, cut + 1, cut + 30, cut + 1e4], requires_grad=True)
+    assert_close(meme.slowed(None, logvar)[1].exp()[2:], 100 * torch.tensor([2, 31, 10_001.0]))
+    assert (meme.slowed(None, logvar)[1][:2] == logvar[:2]).all()
+    meme.slowed(None, logvar)[1].sum().backward()
+    assert_close(logvar.grad, torch.tensor([1, 1, 1 / 2, 1 / 31, 1 / 10_001]))
+    model, sides = linear_model("meme"), pair(100)
+    alone = [(sides[0], None), (None, sides[1])]
+    model.encoders[0].logvar.data.fill_(40.0)  # with exp(logvar) a KL of e^40 nats
+    posterior = model.posterior(*alone[0]).base_dist
+    assert_close(posterior.scale**2, torch.full_like(posterior.scale, 100 * (41 - cut)))
+    assert (model.prior().component_distribution.base_dist.scale < 61).all()
+    for xs in [sides, *alone]:
+        assert model.objective(*xs) > -1e6
+
+
 def test_densities_keep_the_constants_that_cancel_in_objectives():
     z, mu, logvar = torch.randn(3, 4, L)
     assert_close(meme.log_normal(z, mu, logvar), meme.normal(mu, logvar).log_prob(z))
