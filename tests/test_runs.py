@@ -251,7 +251,7 @@ def test_a_folder_that_takes_no_more_is_named_and_keeps_the_last_checkpoint(arra
     assert str(arrays / "run") in capsys.readouterr().err
 
 
-DIVERGES = dict(meme=1e3, vaevae=1e3, mmvae=1e3, svae=1e5, mvae=1e20)
+DIVERGES = dict(meme=1e20, vaevae=1e3, mmvae=1e3, svae=1e5, mvae=1e20)
 
 
 @pytest.mark.parametrize("script", DIVERGES)
