@@ -384,7 +384,7 @@ def ending(p, run, args, state):
         p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
     except FloatingPointError as error:
         where = f"{run}: epoch {state['epoch'] + 1}"
-        p.exit(2, f"\n{where}: {error}; go on with --resume --lr less\n")
+        p.exit(2, f"\n{where}: {error}; go on with --resume --lr less, or --clip\n")
     except OSError as error:
         how = "; go on with --resume" if os.path.exists(run / "args.json") else ""
         p.exit(2, f"\n{run} cannot be written ({error}){how}\n")

@@ -28,7 +28,7 @@ DEFAULTS = {
     "mnist-split": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=64),
     "mnist-split3": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=64),
     "mnist-svhn": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=20),
-    "cub": dict(epochs=300, batch_size=128, lr=1e-4, latent_dim=64),
+    "cub": dict(epochs=300, batch_size=128, lr=1e-4, latent_dim=64, clip=1000.0),
     "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
     "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
 }
@@ -37,8 +37,8 @@ LOGVAR_10 = 2 * math.log(10)  # a scale of 10
 
 
 def slowed(mu, logvar):
-    """Above a scale of 10 the variance grows linearly, as the softplus of MEME's authors lets scales:
-    z is anchored nowhere, and with exp(logvar) one wide posterior's KL can wreck a run."""
+    """Above a scale of 10 the variance grows linearly, as the softplus of MEME's authors lets
+    scales: z is anchored nowhere, and with exp(logvar) one wide posterior's KL can wreck a run."""
     return mu, logvar.clamp(max=LOGVAR_10) + F.relu(logvar - LOGVAR_10).log1p()
 
 
@@ -261,8 +261,8 @@ from pathlib import Path
 
 import data
 
-FREE = set("epochs lr device amp compile data out resume options".split())  # free on --resume
-NAMED = "limit epochs batch_size lr latent_dim likelihoods weights width sampling standardise"
+FREE = set("epochs lr clip device amp compile data out resume options".split())  # free on --resume
+NAMED = "limit epochs batch_size lr clip latent_dim likelihoods weights width sampling standardise"
 
 
 def parser(argv):
@@ -280,6 +280,7 @@ def parser(argv):
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
+    flag("--clip", type=data.positive, help="largest norm of a step's gradient, scaled down to it")
     flag("--latent-dim", type=count, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
@@ -415,6 +416,8 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
                 loss = net(batch)  # (S,)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
 
             losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))

@@ -173,8 +173,8 @@ from pathlib import Path
 
 import data
 
-FREE = set("epochs lr device amp compile data out resume options".split())  # free on --resume
-NAMED = "limit epochs batch_size lr latent_dim likelihoods weights width sampling standardise"
+FREE = set("epochs lr clip device amp compile data out resume options".split())  # free on --resume
+NAMED = "limit epochs batch_size lr clip latent_dim likelihoods weights width sampling standardise"
 
 
 def parser(argv):
@@ -192,6 +192,7 @@ def parser(argv):
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
+    flag("--clip", type=data.positive, help="largest norm of a step's gradient, scaled down to it")
     flag("--latent-dim", type=count, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
@@ -327,6 +328,8 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
                 loss = net(batch)  # (S,)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
 
             losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))

@@ -36,8 +36,8 @@ import vaevae
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tests"))
-from helpers import SCRIPTS, arrays, ended, forked, free_port, images, refused, same, seeded
-from helpers import train, weights
+from helpers import SCRIPTS, arrays, checkpoint, ended, forked, free_port, images, refused
+from helpers import same, seeded, train, weights
 
 B, L = 4, 2
 NOISE = 0.7  # the standard deviation of every x given z where decoders are linear
@@ -1055,12 +1055,13 @@ MISTAKES = [
     ("--paired 0", "--paired"), ("--paired 1.5", "--paired"), ("--paired nan", "--paired"),
     ("--paired 0.001", "none paired"), ("--unpaired nope", "--unpaired"), ("--seed -1", "--seed"),
     ("--dataset nope", "no data set"), ("--epochs 0", "--epochs"), ("--lr inf", "--lr"),
-    ("--likelihoods laplace", "--likelihoods"), ("--likelihoods laplace,nope", "no likelihood"),
-    ("--weights 1,x", "x"), ("--nope", "--nope"), ("--direction nope", "direction"),
-    ("--direction 0 --paired 0.5", "direction 0"), ("--kl nope", "kl"), ("--samples 0", "samples"),
-    ("--out run", "holds a run"), ("--out absent --resume", "no run to resume"),
-    ("--out run --seed 1 --resume", "seed"), ("--out run --resume --latent-dim 5", "latent_dim"),
-    ("--out run --resume --limit 20", "limit"), ("--out run --resume --samples 3", "samples"),
+    ("--clip 0", "--clip"), ("--weights 1,x", "x"), ("--likelihoods laplace", "--likelihoods"),
+    ("--likelihoods laplace,nope", "no likelihood"), ("--nope", "--nope"),
+    ("--direction nope", "direction"), ("--direction 0 --paired 0.5", "direction 0"),
+    ("--kl nope", "kl"), ("--samples 0", "samples"), ("--out run", "holds a run"),
+    ("--out absent --resume", "no run to resume"), ("--out run --seed 1 --resume", "seed"),
+    ("--out run --resume --latent-dim 5", "latent_dim"), ("--out run --resume --limit 20", "limit"),
+    ("--out run --resume --samples 3", "samples"),
     ("--out run --resume --dataset other.npz", "other.npz"),
 ]  # fmt: skip
 
@@ -1078,6 +1079,21 @@ def test_every_mistake_is_one_sentence_and_loses_nothing(arrays, tmp_path, capsy
         assert word in said[-1] and sum(not line.startswith("usage:") for line in said) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.npz", "own.npz", "run"]
     assert Path("run", "checkpoint.pt").read_bytes() == before
+
+
+@MODELS
+def test_clip_scales_the_whole_gradient_down_to_its_norm_and_leaves_smaller_ones(
+    name, arrays, tmp_path
+):
+    def gradient(**clip):  # of a run's only step: a tenth of it is Adam's first mean
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(name, dataset=arrays, limit=16, batch_size=16, epochs=1, out=run, **clip)
+        state = checkpoint(run)["optimizer"]["state"]
+        return torch.cat([10 * of["exp_avg"].flatten() for of in state.values()])
+
+    free = gradient()
+    assert torch.equal(gradient(clip=1.01 * free.norm().item()), free)
+    assert_close(gradient(clip=0.5), 0.5 * free / free.norm())
 
 
 @pytest.mark.parametrize("unpaired, size", [("split", 5), ("0", 1), ("all", 5), ("all", 1),
