@@ -51,6 +51,7 @@ DATASETS = {  # name: its file in benchmarks/, which has load(name, root) -> Dat
     "cub": "cub",
     "spectra": "spectra",
 }
+BEFORE = {"standardise": False, "clip": None}  # what a run is without that is older than a flag
 UNPAIRED = ("split", "all", "rest", "none")  # or a modality's name
 SAMPLING = ("natural", "balanced")
 
@@ -384,7 +385,8 @@ def ending(p, run, args, state):
         p.exit(130, f"\n{run}: stopped in epoch {state['epoch'] + 1}: {how}\n")
     except FloatingPointError as error:
         where = f"{run}: epoch {state['epoch'] + 1}"
-        p.exit(2, f"\n{where}: {error}; go on with --resume --lr less, or --clip\n")
+        how = f"--out {run} --resume and a lower --lr, or a --clip"
+        p.exit(2, f"\n{where}: {error}; go on with {how}\n")
     except OSError as error:
         how = "; go on with --resume" if os.path.exists(run / "args.json") else ""
         p.exit(2, f"\n{run} cannot be written ({error}){how}\n")
@@ -461,6 +463,11 @@ def positive(text):
     return float(text)
 
 
+def norm(text):
+    """An argparse type: a finite number above 0, or 0, which stands for any."""
+    return positive(text) if float(text) else 0.0
+
+
 MOST_BYTES, MOST_PACKED = 2**28, 500  # deflate packs zeros by 1,030: a bomb, and no data
 
 
@@ -525,7 +532,7 @@ def read_run(run):
             state = read_checkpoint(run / "checkpoint.pt")
             if set(state) != {"model", "optimizer", "epoch", "log"}:
                 raise ValueError("checkpoint.pt is not from a run")
-        return {"standardise": False} | absolute(args), state  # as runs were before that flag
+        return BEFORE | absolute(args), state
     except FileNotFoundError:
         others = [path.parent for path in run.parent.glob("*/args.json")]
         meant = nearest(run, others, "start without --resume")

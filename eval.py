@@ -308,29 +308,31 @@ def latent_accuracy(model, dataset):
 
 
 @torch.no_grad()
-def log_likelihood(model, dataset, examples=100, samples=1000, prior=True):
-    """[meme] Table 2: the means of log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others), or,
-    where p(z) is not trained, of the last alone.
+def log_likelihood(model, dataset, examples=100, samples=1000, priors=None):
+    """[meme] Table 2: the means of log p(x_m), of the modalities named in `priors`, whose p(z) is
+    trained (None: of all), log p(x_1, ..., x_M), if these are two or more, and log p(x_m|all others).
 
     Nats, importance-weighted, log 1/K Σ_k w_k, without the weights of the likelihoods in training.
     """
     names, everything = dataset.names, (True,) * len(dataset.names)
-    cases = {}
-    if prior:
-        cases = {name: (shown, None) for name, shown in singles(names).items()}
+    priors = names if priors is None else priors
+    cases = {name: (shown, None) for name, shown in singles(names).items() if name in priors}
+    if len(priors) > 1:
         cases[",".join(names)] = (everything, None)
     for name, shown in singles(names).items():
         others = tuple(not seen for seen in shown)
         cases[f"{name}|{','.join(n for n in names if n != name)}"] = (shown, others)
     z = model.prior().sample((1,))
     features = [math.prod(x.shape[1:]) for x in model.decode(z)]
+    mixture = sum(map(len, getattr(model, "pseudo", ()))) * z.shape[-1]  # of p(z), if it is one
     at_once = 2**20 if z.device.type == "cpu" else 2**26  # numbers: what a cache, or a GPU, holds
     found = {}
     for case, (shown, others) in cases.items():
         decoded = sum(n for n, seen in zip(features, shown) if seen)
-        block = min(samples, max(1, at_once // decoded))  # of samples
+        held = max(decoded, mixture if others is None else 0)  # per sample and example
+        block = min(samples, max(1, at_once // held))  # of samples
         blocks = [len(part) for part in torch.arange(samples).split(block)]
-        nats, size = [], max(1, at_once // (block * decoded))
+        nats, size = [], max(1, at_once // (block * held))
         for index in torch.arange(min(examples, len(dataset.test))).split(size):
             given = None if others is None else data.show(dataset.test, others, index)
             xs = data.show(dataset.test, shown, index)
@@ -351,27 +353,34 @@ def correlations(pairs, judged):
     return {"correlation": found, "chance_correlation": chance}
 
 
-def has_prior(model, args, dataset):
-    """Whether p(z) was trained: MEME's pseudo-samples are by examples that show one modality."""
+def trained_priors(model, args, dataset):
+    """The modalities whose own p(z) was trained. MEME's, eq. (4), is where examples show only that
+    modality: they train the pseudo-samples of all others. With two or more every pseudo-sample, and
+    the p(z) that is made of all, is trained. -> names"""
+    names, unpaired = dataset.names, args["unpaired"]
     if not hasattr(model, "pseudo"):
-        return True
+        return names
     if dataset.mask is not None:
-        return bool((dataset.mask.sum(1) == 1).any())
-    return args["unpaired"] == "all" or (args["paired"] < 1 and args["unpaired"] != "none")
+        alone = dataset.mask[dataset.mask.sum(1) == 1].any(0)
+        return tuple(name for name, shown in zip(names, alone) if shown)
+    if unpaired == "all" or (args["paired"] < 1 and unpaired in ("split", "rest")):
+        return names
+    return (unpaired,) if args["paired"] < 1 and unpaired in names else ()
 
 
 def evaluate(
-    model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data", prior=True
+    model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data", priors=None
 ):
     """All metrics that apply to the data set, or, where it has its own, those.
 
-    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; prior:
-    whether p(z) is trained, else what needs it is left out. "disputed" holds the shares of images
+    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; priors:
+    as trained_priors gives them, None: all; what needs another is left out. "disputed" holds the shares of images
     on which the members of an oracle disagree, by the names of the metrics. What is under way is
     said on stderr.
     """
     torch.manual_seed(seed)
     model.eval()
+    joint_prior = priors is None or len(priors) > 1
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "evaluate"):
         say("what its benchmark measures")
@@ -379,13 +388,13 @@ def evaluate(
     if hasattr(benchmark, "correlated"):
         say("correlations of what is generated")
         pairs, judged = benchmark.correlated(model, dataset, root)
-        return correlations(pairs, {k: v for k, v in judged.items() if prior or k != "joint"})
+        return correlations(pairs, {k: v for k, v in judged.items() if joint_prior or k != "joint"})
     metrics = {}
     if oracles:
         say("what the oracles read in generated images")
         judge = split_accuracy if in_parts(dataset) else coherence
         metrics, disputed = judge(model, dataset, oracles)
-        if judge is coherence and prior:
+        if judge is coherence and joint_prior:
             joint, doubt = joint_coherence(model, dataset, oracles)
             metrics, disputed = metrics | joint, disputed | doubt
         metrics["disputed"] = disputed
@@ -399,7 +408,7 @@ def evaluate(
         metrics |= latent_accuracy(model, dataset)
     if examples:
         say(f"log-likelihoods of {examples:,} examples, {samples:,} samples of z each")
-        metrics |= log_likelihood(model, dataset, examples, samples, prior)
+        metrics |= log_likelihood(model, dataset, examples, samples, priors)
     return metrics
 
 
@@ -590,8 +599,8 @@ def draw(run, dataset, oracles, folder, root, seed=0):
     if images:
         joint, read = joint_samples(run.model, dataset, oracles)
         above = f"{heading} · samples of p(z)"
-        if not has_prior(run.model, run.args, dataset):
-            above += "\n(of pseudo-samples, which whole pairs do not train)"
+        if len(trained_priors(run.model, run.args, dataset)) < 2:
+            above += "\n(of pseudo-samples, which only single modalities train)"
         drawing.page(joint, above, path("joint"), read)
     if images and labelled:
         rows = generations(run.model, dataset)
@@ -684,7 +693,7 @@ def lines_of(groups, against):
     found = []
     for (label, unpaired, f), line in lines.items():
         words = [label, unpaired, *([] if f is None else [f"f = {f:g}"])]
-        found.append((label.split()[0], " ".join(words), line))
+        found.append((label.split()[0].rstrip("*"), " ".join(words), line))
     return found
 
 
@@ -728,10 +737,10 @@ def measure(run, dataset, oracles, accuracies, root, args):
     print(f"evaluating {run.folder} ...", file=sys.stderr)
     examples = len(dataset.test) if args.full else min(100, len(dataset.test))
     examples = 0 if args.no_likelihoods else examples
-    samples, prior = args.samples or SAMPLES, has_prior(run.model, run.args, dataset)
-    options = examples, samples, args.seed, root, prior
+    samples, priors = args.samples or SAMPLES, trained_priors(run.model, run.args, dataset)
+    options = examples, samples, args.seed, root, priors
     return evaluate(run.model, dataset, oracles, *options) | {
-        "prior": prior,
+        "prior": len(priors) > 1,
         "oracle": accuracies,
         "data": f"{dataset.name}: {dataset.note}" if dataset.note else dataset.name,
         "run": run.args,

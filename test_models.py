@@ -1055,7 +1055,7 @@ MISTAKES = [
     ("--paired 0", "--paired"), ("--paired 1.5", "--paired"), ("--paired nan", "--paired"),
     ("--paired 0.001", "none paired"), ("--unpaired nope", "--unpaired"), ("--seed -1", "--seed"),
     ("--dataset nope", "no data set"), ("--epochs 0", "--epochs"), ("--lr inf", "--lr"),
-    ("--clip 0", "--clip"), ("--weights 1,x", "x"), ("--likelihoods laplace", "--likelihoods"),
+    ("--clip -1", "--clip"), ("--weights 1,x", "x"), ("--likelihoods laplace", "--likelihoods"),
     ("--likelihoods laplace,nope", "no likelihood"), ("--nope", "--nope"),
     ("--direction nope", "direction"), ("--direction 0 --paired 0.5", "direction 0"),
     ("--kl nope", "kl"), ("--samples 0", "samples"), ("--out run", "holds a run"),
@@ -1093,6 +1093,7 @@ def test_clip_scales_the_whole_gradient_down_to_its_norm_and_leaves_smaller_ones
 
     free = gradient()
     assert torch.equal(gradient(clip=1.01 * free.norm().item()), free)
+    assert torch.equal(gradient(clip=0), free)
     assert_close(gradient(clip=0.5), 0.5 * free / free.norm())
 
 

@@ -201,7 +201,7 @@ def parser(argv):
     flag("--epochs", type=count, help="passes over the training examples")
     flag("--batch-size", type=count, help="examples in a step, of all processes")
     flag("--lr", type=data.positive, help="learning rate of Adam")
-    flag("--clip", type=data.positive, help="largest norm of a step's gradient, scaled down to it")
+    flag("--clip", type=data.norm, help="largest norm of a step's gradient; 0: any")
     flag("--latent-dim", type=count, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
@@ -237,6 +237,9 @@ def build(p, args, common, world, saved):
     """-> dataset, streams, model, args.json. ValueError for what a user got wrong."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if args.device == "cuda" and here > gpus:
+        raise ValueError(f"{here} processes and {gpus} CUDA devices: use one process for each")
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
     given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}

@@ -629,7 +629,7 @@ def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
 
     -> (x, y) of the training pairs, to fit a CCA to, and {"image->caption": (x, y), ...}: what is
     generated from one modality with what it was shown, from the prior ("joint"), and the test pairs
-    as they are ("truth"); x (n, 2048), y (n, D)
+    as they are ("truth"); x (n, features), y (n, D)
     """
     device = next(model.parameters()).device
     vectors = cached_word_vectors(root, dataset.train.bases[1], dataset.words, device)
@@ -655,7 +655,7 @@ def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
 
 
 def nearest_photos(features, photos):
-    """The row of `photos` (P, 2048) nearest to each of `features` (N, 2048), Euclidean.
+    """The row of `photos` (P, D) nearest to each of `features` (N, D), Euclidean.
     -> int64 (N,)"""
     features, photos = torch.as_tensor(features), torch.as_tensor(photos)
     rows = [torch.cdist(x, photos.to(x.device)).argmin(1) for x in features.split(1000)]

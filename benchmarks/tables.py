@@ -92,10 +92,11 @@ def columns(metrics):
 
 
 def setting(result):
-    """What two runs in one row of a table share: all but the seed and where it ran. -> dict"""
-    free = ("seed", "out", "data", "device", "amp", "compile", "resume")
-    run = {k: v for k, v in result["run"].items() if k not in free}
-    return run | run["options"] | {"epoch": result["epoch"]}
+    """What two runs in one row of a table share: all but the seed and where it ran; without flags
+    that are not set, as those younger than a run. -> dict"""
+    free = ("seed", "out", "data", "device", "amp", "compile", "resume", "options")
+    found = result["run"] | {"epoch": result["epoch"]}
+    return {key: value for key, value in found.items() if key not in free and value is not None}
 
 
 def grouped(results):
@@ -107,13 +108,19 @@ def grouped(results):
     return list(groups.values())
 
 
+def starred(run):
+    """The model of a run, with a star if it has the other's bounds, as in [poe]: VAEVAE*."""
+    star = {"SVAE": "vaevae", "VAEVAE": "svae"}.get(run["model"], "")
+    return run["model"] + "*" * (run.get("objective") == star)
+
+
 def in_order(groups):
     """Models as they come first; of each, whole pairs first."""
-    models = list(dict.fromkeys(group[0]["run"]["model"] for group in groups))
+    models = list(dict.fromkeys(starred(group[0]["run"]) for group in groups))
 
     def place(group):
         run = group[0]["run"]
-        return models.index(run["model"]), run["unpaired"], -run["paired"]
+        return models.index(starred(run)), run["unpaired"], -run["paired"]
 
     return sorted(groups, key=place)
 
@@ -123,26 +130,25 @@ def row_names(groups, shown=("paired", "unpaired", "epoch")):
 
     shown: the flags that are told elsewhere, in columns of their own.
     """
-    shown = {*shown, "epochs", "spec", "options", "examples", "note"}
+    shown = {*shown, "epochs", "spec", "examples", "note"}
     settings, names = [setting(group[0]) for group in groups], []
     for own in settings:
-        rivals = [other for other in settings if other["model"] == own["model"]]
-        flags = [k for k in own if k not in shown and own[k] not in (None, False)]
+        rivals = [other for other in settings if starred(other) == starred(own)]
+        flags = [k for k in own if k not in shown and own[k] is not False]
         flags = [k for k in flags if any(rival.get(k) != own[k] for rival in rivals)]
-        names.append(" ".join([own["model"], *(f"{k}={own[k]}" for k in flags)]))
+        names.append(" ".join([starred(own), *(f"{k}={own[k]}" for k in flags)]))
     return names
 
 
 def paper_name(run):
     """What the papers call a run's model. None: they have no such model."""
-    model, options = run["model"], run["options"]
+    options = run["options"]
     others = ("variant", "a"), ("prior_expert", True), ("objective", "elbo"), ("kl", "sample")
     if options.get("direction") or any(options.get(k) == value for k, value in others):
         return None
     if options.get("posterior") == "laplace":
-        return f"{model}, Laplace"
-    star = {"SVAE": "vaevae", "VAEVAE": "svae"}.get(model)
-    return model + "*" * (options.get("objective", "") == star)
+        return f"{run['model']}, Laplace"
+    return starred(run)
 
 
 def paper_row(run, titles):
@@ -231,14 +237,19 @@ def listing(result, paper=False):
     return "\n".join([*lines, "", *notes([result])])
 
 
+def accuracies(result):
+    """The test accuracy of the oracles that read a result, as text."""
+    return ", ".join(f"{view} {share:.3f}" for view, share in result["oracle"].items())
+
+
 def notes(results):
     """What has to be known to read a table of these results. -> list of lines"""
     lines = []
-    if oracle := results[0].get("oracle"):
-        accuracy = ", ".join(f"{view} {share:.3f}" for view, share in oracle.items())
-        lines.append(f"Test accuracy of the oracles: {accuracy}.")
+    if oracles := list(dict.fromkeys(accuracies(r) for r in results if r.get("oracle"))):
+        lines.append(f"Test accuracy of the oracles: {'; or '.join(oracles)}.")
     if shares := [columns(r["disputed"]) for r in results if r.get("disputed")]:
-        lines.append("In brackets: the share of the judged images on which the oracles disagree.")
+        why = "the share of the judged images on which an oracle's three classifiers disagree"
+        lines.append(f"In brackets: {why}.")
         if doubt := sorted({t for found in shares for t, share in found.items() if share > 0.05}):
             lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
     if any(not r.get("prior", True) for r in results):

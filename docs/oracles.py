@@ -23,7 +23,8 @@ def shares(run, dataset, oracles):
     torch.manual_seed(0)
     judge = evaluation.split_accuracy if evaluation.in_parts(dataset) else evaluation.coherence
     metrics, _ = judge(run.model, dataset, oracles)
-    if judge is evaluation.coherence and evaluation.has_prior(run.model, run.args, dataset):
+    priors = evaluation.trained_priors(run.model, run.args, dataset)
+    if judge is evaluation.coherence and len(priors) > 1:
         metrics |= evaluation.joint_coherence(run.model, dataset, oracles)[0]
         metrics.pop("joint_entropy")
     return evaluation.columns(metrics)

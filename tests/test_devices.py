@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -179,7 +180,8 @@ COMPILED = [pytest.param(*case, marks=pytest.mark.slow) for case in [
 
 
 def compiled(model, batches):
-    """How many graphs torch.compile makes of the steps; its losses are those without it."""
+    """How many graphs torch.compile makes of the steps; its losses and gradients are those without
+    it."""
     torch.compiler.reset()
     graphs = []
 
@@ -188,8 +190,12 @@ def compiled(model, batches):
         return graph
 
     net = torch.compile(model, backend=backend, fullgraph=True)  # an error if it has to be cut
+    weights = list(model.parameters())
     for xs, masks in batches:
-        assert torch.equal(losses(net, xs, masks), losses(model, xs, masks))
+        own, other = (losses(each, xs, masks) for each in (net, model))
+        assert torch.equal(own, other)
+        own, other = (torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in (own, other))
+        assert_close(own, other, rtol=0, atol=0)
     return len(graphs)
 
 
@@ -223,7 +229,8 @@ def test_from_the_first_batch_of_an_epoch_to_the_last_nothing_waits(
     monkeypatch.setattr(script, "save", lambda *args: None)
     ticks = itertools.count()  # the loop reads the losses once a second
     monkeypatch.setattr(script.time, "perf_counter", lambda: next(ticks) / 1e6)
-    flags = f"--dataset {arrays} --paired 0.5 --unpaired all --batch-size 16 --epochs 1".split()
+    flags = f"--dataset {arrays} --paired 0.5 --unpaired all --batch-size 16 --epochs 1"
+    flags = [*flags.split(), "--clip", "1"]
     p, common = script.parser(flags)
     args, state = p.parse_args(flags), {"epoch": 0, "log": []}
     dataset, streams, model, _ = script.build(p, args, common, 1, {})

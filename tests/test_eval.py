@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -456,6 +457,19 @@ def test_likelihoods_come_in_blocks_of_4_mib_and_are_those_of_all_samples():
     evaluation.log_likelihood(Large(SHAPES), dataset, samples=3)
     assert sizes.count(((True, False), 1, 1)) == 2 * 2 * 3  # a sample of an example, p(a), p(a|b)
 
+    class Mixed(Perfect):  # p(z) has 2,048 components
+        pseudo = [torch.zeros(1024)] * 2
+
+        def log_likelihood(self, *xs, samples, given=None):
+            n, found = len(xs[1] if xs[0] is None else xs[0]), self.prior().sample((1,))
+            assert given or samples * n * 2048 * found.shape[-1] <= 2**20
+            sizes.append(samples * n)
+            return torch.zeros(n)
+
+    sizes.clear()
+    evaluation.log_likelihood(Mixed(SHAPES), toy(n=4), examples=2)
+    assert sum(sizes) == 5 * 2 * 1000
+
 
 def asked(examples=5, **options):
     """What a model of three bands is asked for, by initials. -> {name: (what, given)}, {name: nats}"""
@@ -495,7 +509,8 @@ def test_the_prior_of_a_conditional_likelihood_is_the_posterior_of_all_others_an
     alone = {"top": ("T", None), "middle": ("M", None), "bottom": ("B", None)}
     assert found == alone | {"top,middle,bottom": ("TMB", None)} | CONDITIONAL
     assert list(nats.values()) == pytest.approx([-10 * k - 2 for k in range(1, 8)])  # the mean
-    assert asked(prior=False)[0] == CONDITIONAL
+    assert asked(priors=())[0] == CONDITIONAL
+    assert asked(priors=("middle",))[0] == {"middle": ("M", None)} | CONDITIONAL
     assert asked(examples=99)[1]["top"] == -10 - 3  # of all seven
 
 
@@ -529,10 +544,10 @@ def test_each_data_set_gets_its_metrics_and_they_get_the_options(monkeypatch):
     assert calls["coherence"] == (pairs, oracles, torch.rand(1).item())
     assert all(calls[k][:2] == (pairs, oracles) for k in names.split()[1:4])
     assert calls["latent_accuracy"][:-1] == (pairs,)
-    assert calls["log_likelihood"][:-1] == (pairs, 100, 1000, True)
-    found = metrics(pairs, oracles, 7, 8, 9, prior=False)
+    assert calls["log_likelihood"][:-1] == (pairs, 100, 1000, None)
+    found = metrics(pairs, oracles, 7, 8, 9, priors=("svhn",))
     assert "joint_coherence" not in found and found["disputed"] == {"coherence disputed": 1}
-    assert calls["log_likelihood"][:-1] == (pairs, 7, 8, False)
+    assert calls["log_likelihood"][:-1] == (pairs, 7, 8, ("svhn",))
     torch.manual_seed(9)
     assert calls["coherence"][-1] == torch.rand(1).item()
     found = metrics(split, oracles, examples=0)
@@ -555,7 +570,7 @@ def test_birds_are_correlated_and_spectra_ranked_in_place_of_all_else(monkeypatc
     birds = toy()._replace(name="cub")
     found = evaluation.evaluate(model, birds, {}, root="there")
     assert found == evaluation.correlations(fit, judged) and asked == [(model, birds, "there")]
-    found = evaluation.evaluate(model, birds, {}, prior=False)
+    found = evaluation.evaluate(model, birds, {}, priors=())
     assert list(found["correlation"]) == ["truth"] and asked[1][2] == "./data"
     monkeypatch.setattr("benchmarks.spectra.evaluate", lambda *xs: xs)
     named = toy()._replace(name="spectra")
@@ -648,24 +663,31 @@ def test_worn_images_are_mixed_with_grey_blurred_faded_noisy_and_shifted(seed):
 @pytest.mark.parametrize(
     "paired, unpaired, mask, trained",
     [
-        (1, "split", None, False),
-        (1, "all", None, True),
-        (0.5, "none", None, False),
-        (0.5, "split", None, True),
-        (1, "split", [[True, True]], False),
-        (1, "split", [[True, True], [False, True]], True),
+        (1, "split", None, ()),
+        (1, "mnist", None, ()),
+        (1, "all", None, ("mnist", "svhn")),
+        (0.5, "none", None, ()),
+        (0.5, "split", None, ("mnist", "svhn")),
+        (0.5, "rest", None, ("mnist", "svhn")),
+        (0.5, "svhn", None, ("svhn",)),
+        (1, "split", [[True, True]], ()),
+        (1, "split", [[True, True], [False, True]], ("svhn",)),
+        (1, "split", [[True, False], [False, True]], ("mnist", "svhn")),
     ],
 )
 def test_what_needs_a_prior_is_left_out_where_it_was_not_trained(paired, unpaired, mask, trained):
     dataset, args = toy(n=20), dict(paired=paired, unpaired=unpaired)
     dataset = dataset._replace(mask=None if mask is None else torch.tensor(mask))
     model = Perfect(SHAPES)
-    assert evaluation.has_prior(model, args, dataset)  # a model without pseudo-samples
+    every = evaluation.trained_priors(model, args, dataset)
+    assert every == dataset.names  # a model without pseudo-samples
     model.pseudo = []
-    assert evaluation.has_prior(model, args, dataset) == trained
-    metrics = evaluation.evaluate(model, toy(n=20), READERS, examples=5, samples=2, prior=trained)
-    assert ("joint_coherence" in metrics) == trained == ("mnist" in metrics["log_likelihood"])
-    assert "mnist|svhn" in metrics["log_likelihood"] and "cross_coherence" in metrics
+    assert evaluation.trained_priors(model, args, dataset) == trained
+    metrics = evaluation.evaluate(model, toy(n=20), READERS, examples=5, samples=2, priors=trained)
+    joint = ["mnist,svhn"] if trained == every else []
+    known = [*trained, *joint, "mnist|svhn", "svhn|mnist"]
+    assert list(metrics["log_likelihood"]) == known
+    assert ("joint_coherence" in metrics) == bool(joint) and "cross_coherence" in metrics
 
 
 def test_the_members_of_an_oracle_are_trained_one_by_one_on_draws_of_worn_images(monkeypatch):
@@ -882,6 +904,21 @@ def test_rows_are_named_after_the_options_that_differ():
     text = evaluation.table([result(kl="closed"), result(kl="sample"), result("MVAE", anneal=0)])
     assert "MEME kl=closed |" in text and "MEME kl=sample |" in text and "| MVAE |" in text
     assert "kl=" not in evaluation.table([result(kl="closed"), result(kl="closed", paired=0.5)])
+    own, other = (result("VAEVAE", objective=o) for o in ("vaevae", "svae"))
+    text = evaluation.table([other, own, result("MMVAE", objective="iwae")])
+    assert re.findall(r"^\| (\S+) \| 1", text, re.M) == ["VAEVAE*", "VAEVAE", "MMVAE"]
+
+
+def test_a_flag_that_is_not_set_is_none_that_a_run_is_too_old_for():
+    text = evaluation.table([result(clip=None), result(seed=1), result(seed=2, clip=9.0)])
+    assert re.findall(r"^\| (MEME.*?) \|", text, re.M) == ["MEME", "MEME clip=9.0"]
+    assert "| 5 | 2 | 2.5 |" in text
+
+
+def test_every_oracle_that_read_a_row_is_named():
+    other = result("MVAE") | {"oracle": {"grey": 0.99}}
+    text = evaluation.table([result(), result(seed=1), other])
+    assert "oracles: grey 0.999; or grey 0.990.\n" in text
 
 
 def test_the_share_in_dispute_stands_beside_its_number_and_above_5_percent_is_said():

@@ -251,6 +251,15 @@ def test_a_folder_that_takes_no_more_is_named_and_keeps_the_last_checkpoint(arra
     assert str(arrays / "run") in capsys.readouterr().err
 
 
+def test_a_run_older_than_a_flag_goes_on_as_it_began(arrays, tmp_path):
+    train("mvae", dataset=arrays, epochs=1, out=tmp_path)
+    args = json.loads((tmp_path / "args.json").read_text())
+    del args["clip"], args["standardise"]
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    saved, _ = data.read_run(tmp_path)
+    assert saved["clip"] is None and saved["standardise"] is False
+
+
 DIVERGES = dict(meme=1e20, vaevae=1e3, mmvae=1e3, svae=1e5, mvae=1e20)
 
 
@@ -260,7 +269,7 @@ def test_a_run_that_diverges_goes_on_from_its_last_finite_epoch(script, arrays, 
     train(script, **flags, epochs=1)
     good = weights(tmp_path / "run")
     refused(script, **flags, epochs=8, lr=DIVERGES[script], resume=True)
-    said = r"epoch 2: the loss of (0|1|0\+1) is -?(nan|inf) in step \d+; .*--resume --lr"
+    said = r"epoch 2: the loss of (0|1|0\+1) is -?(nan|inf) in step \d+; go on with --out \S+ --resume "
     assert re.search(said, capsys.readouterr().err)
     kept = checkpoint(tmp_path / "run")
     assert kept["epoch"] == 1 and same(kept["model"], good)
