@@ -4,6 +4,7 @@ pages show, commands and numbers, is true. `pytest -m slow` tries each some hund
 import contextlib
 import csv
 import gzip
+import importlib
 import io
 import json
 import math
@@ -38,6 +39,7 @@ import eval as evaluation
 import mvae
 import nets
 from benchmarks import cub, digits, spectra
+from benchmarks.oracles import Oracle
 
 slow = pytest.mark.slow
 FILES = ["args.json", "checkpoint.pt", "log.csv"]
@@ -916,3 +918,35 @@ def test_the_data_set_of_docs_extend_trains_as_any_other(tmp_path, monkeypatch):
     monkeypatch.setitem(data.DATASETS, "shapes", "shapes")
     train("svae", dataset="shapes", epochs=1, out=tmp_path / "run")
     finite(tmp_path / "run", 1)
+
+
+def test_the_pages_on_oracles_and_experts_are_what_their_scripts_print(
+    small_root, tmp_path, monkeypatch, capsys
+):
+    def printed(script, *argv):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
+        capsys.readouterr()
+        script.main()
+        return [line.strip("| ").split(" | ") for line in rows_of(capsys.readouterr().out)]
+
+    def reader(dataset, view, folder, seed):  # untrained, of a seed
+        torch.manual_seed(seed)
+        return Oracle(1).eval(), 0.1
+
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    pages = [importlib.import_module(name) for name in ("oracles", "experts")]
+    digits, glyphs = [tmp_path / name for name in ("digits", "glyphs")]
+    train("mvae", dataset="mnist-split", data=small_root, epochs=1, out=digits)
+    train("mvae", limit=64, epochs=2, out=glyphs)
+    monkeypatch.setattr(pages[0], "load_oracle", reader)
+    head, _, *rows = printed(pages[0], digits, "--seeds", 3)
+    assert head == ["model", "number", "seed 0", "seed 1", "seed 2", "moves by"]
+    assert [row[:2] for row in rows] == [["MVAE", part] for part in ("top", "bottom", "both")]
+    assert any(float(row[-1]) for row in rows)
+    for a, b, c, moved in (map(float, row[2:]) for row in rows):
+        assert moved == pytest.approx(max(a, b, c) - min(a, b, c), abs=2e-4)
+    head, _, row = printed(pages[1], glyphs, "--no-oracles")
+    found = dict(zip(head, row))
+    last = checkpoint(glyphs)["log"][-1]["objective"]
+    assert float(found["objective"]) == pytest.approx(last, abs=0.05)
+    assert 0 <= float(found["alive"]) <= 20 and float(found["logvar"]) != 0
