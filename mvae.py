@@ -217,7 +217,7 @@ def build(p, args, common, world, saved):
         raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if args.device == "cuda" and here > gpus:
-        raise ValueError(f"{here} processes and {gpus} CUDA devices: use one process for each")
+        raise ValueError(f"{here} processes, but {gpus} CUDA devices: start {gpus} processes")
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
     given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}

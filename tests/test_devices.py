@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import nets
 from benchmarks import cub, oracles, spectra
-from helpers import SCRIPTS, toy
+from helpers import SCRIPTS, refused, toy
 
 aten = torch.ops.aten
 COPIES = aten.copy_.default, aten._to_copy.default
@@ -192,10 +192,10 @@ def compiled(model, batches):
     net = torch.compile(model, backend=backend, fullgraph=True)  # an error if it has to be cut
     weights = list(model.parameters())
     for xs, masks in batches:
-        own, other = (losses(each, xs, masks) for each in (net, model))
-        assert torch.equal(own, other)
-        own, other = (torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in (own, other))
-        assert_close(own, other, rtol=0, atol=0)
+        found = [losses(each, xs, masks) for each in (net, model)]
+        assert torch.equal(*found)
+        found = [torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in found]
+        assert_close(*found, rtol=0, atol=0)
     return len(graphs)
 
 
@@ -212,6 +212,15 @@ def test_a_smaller_last_batch_is_compiled_once_more_and_no_other(name, options):
 
 
 # ------------------------------------------------------------------------------------------ the loop
+
+
+@MODELS
+def test_each_process_needs_a_gpu_of_its_own(name, arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    refused(name, dataset=arrays, device="cuda", out=tmp_path / "run")
+    assert "8 processes, but 4 CUDA devices: start 4" in capsys.readouterr().err
 
 
 @MODELS
