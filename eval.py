@@ -309,8 +309,8 @@ def latent_accuracy(model, dataset):
 
 @torch.no_grad()
 def log_likelihood(model, dataset, examples=100, samples=1000, priors=None):
-    """[meme] Table 2: the means of log p(x_m), of the modalities named in `priors`, whose p(z) is
-    trained (None: of all), log p(x_1, ..., x_M), if these are two or more, and log p(x_m|all others).
+    """[meme] Table 2: the means of log p(x_m) of the modalities named in `priors`, whose p(z) is
+    trained (None: all), of log p(x_1, ..., x_M) if they are two or more, of log p(x_m|all others).
 
     Nats, importance-weighted, log 1/K Σ_k w_k, without the weights of the likelihoods in training.
     """
@@ -374,9 +374,9 @@ def evaluate(
     """All metrics that apply to the data set, or, where it has its own, those.
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; priors:
-    as trained_priors gives them, None: all; what needs another is left out. "disputed" holds the shares of images
-    on which the members of an oracle disagree, by the names of the metrics. What is under way is
-    said on stderr.
+    as trained_priors gives them, None: all; what needs another is left out. "disputed" holds the
+    shares of images on which the members of an oracle disagree, by the names of the metrics. What
+    is under way is said on stderr.
     """
     torch.manual_seed(seed)
     model.eval()
