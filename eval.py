@@ -373,10 +373,10 @@ def evaluate(
 ):
     """All metrics that apply to the data set, or, where it has its own, those.
 
-    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none; priors:
-    as trained_priors gives them, None: all; what needs another is left out. "disputed" holds the
-    shares of images on which the members of an oracle disagree, by the names of the metrics. What
-    is under way is said on stderr.
+    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, 0 examples: none;
+    priors: as trained_priors gives them, None: all; what needs another is left out. "disputed"
+    holds the shares of images on which the members of an oracle disagree, by the names of the
+    metrics. What is under way is said on stderr.
     """
     torch.manual_seed(seed)
     model.eval()

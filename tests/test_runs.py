@@ -270,7 +270,8 @@ def test_a_run_that_diverges_goes_on_from_its_last_finite_epoch(script, arrays, 
     train(script, **flags, epochs=1)
     good = weights(tmp_path / "run")
     refused(script, **flags, epochs=8, lr=DIVERGES[script], resume=True)
-    said = r"epoch 2: the loss of (0|1|0\+1) is -?(nan|inf) in step \d+; go on with --out \S+ --resume "
+    said = r"epoch 2: the loss of (0|1|0\+1) is -?(nan|inf) in step \d+; "
+    said += r"go on with --out \S+ --resume "
     assert re.search(said, capsys.readouterr().err)
     kept = checkpoint(tmp_path / "run")
     assert kept["epoch"] == 1 and same(kept["model"], good)
