@@ -357,15 +357,12 @@ def trained_priors(model, args, dataset):
     """The modalities whose own p(z) was trained. MEME's, eq. (4), is where examples show only that
     modality: they train the pseudo-samples of all others. With two or more every pseudo-sample, and
     the p(z) that is made of all, is trained. -> names"""
-    names, unpaired = dataset.names, args["unpaired"]
+    names, pairs = dataset.names, (args["paired"], args["unpaired"])
     if not hasattr(model, "pseudo"):
         return names
-    if dataset.mask is not None:
-        alone = dataset.mask[dataset.mask.sum(1) == 1].any(0)
-        return tuple(name for name, shown in zip(names, alone) if shown)
-    if unpaired == "all" or (args["paired"] < 1 and unpaired in ("split", "rest")):
-        return names
-    return (unpaired,) if args["paired"] < 1 and unpaired in names else ()
+    fixed = dict(mask=dataset.mask, groups=dataset.groups)
+    streams = [shown for shown, _ in data.pairing(len(dataset.train), names, *pairs, **fixed)]
+    return tuple(name for name, alone in singles(names).items() if alone in streams)
 
 
 def evaluate(

@@ -920,7 +920,7 @@ def test_the_data_set_of_docs_extend_trains_as_any_other(tmp_path, monkeypatch):
     finite(tmp_path / "run", 1)
 
 
-def test_the_pages_on_oracles_and_experts_are_what_their_scripts_print(
+def test_the_scripts_on_oracles_and_experts_print_what_they_measure(
     small_root, tmp_path, monkeypatch, capsys
 ):
     def printed(script, *argv):
