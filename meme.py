@@ -8,8 +8,8 @@
     L(s)        = E_q(z|s)[ log p(s|z) - log q(z|s) + log 1/N Σ_i p(z|u_i) ]              Eq. (4)
 
 The encoder of t is the prior p(z|t), the decoder of t is q(t|z) (App. C); u_i are learnable inputs
-that stand in for a missing t. Log p(t), a constant, is left out. The defaults are no bound: a KL in
-closed form, outside w, and c = 10 on log q(t|s); the reasons stand beside them.
+that stand in for a missing t. The constant log p(t) is left out. The defaults are not a bound: the
+KL is in closed form, outside w, and log q(t|s) has the factor c = 10; see `bound`.
 Shapes: B examples, K samples, L latent dimensions, N pseudo-samples. A missing modality is None.
 Run:    python meme.py     # 1-2 minutes on two CPU cores; eval.py: cross coherence .999 .994
 """
@@ -34,11 +34,12 @@ DEFAULTS = {
 }
 
 LOGVAR_10 = 2 * math.log(10)  # a scale of 10
+CERTAIN = 8.0  # the logit of the observed word in a pseudo-sample
 
 
-def slowed(mu, logvar):
-    """Above a scale of 10 the variance grows linearly, as the softplus of MEME's authors lets
-    scales: z is anchored nowhere, and with exp(logvar) one wide posterior's KL can wreck a run."""
+def soft_cap_logvar(mu, logvar):
+    """Above a scale of 10 the variance grows linearly in logvar, not exponentially. Nothing in MEME
+    fixes the scale of z, so one wide posterior can blow up the KL."""
     return mu, logvar.clamp(max=LOGVAR_10) + F.relu(logvar - LOGVAR_10).log1p()
 
 
@@ -65,16 +66,17 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 
 class MEME(nn.Module):
-    """samples: K; kl: "closed", outside w, or "sample", as in eq. (6); classifier_scale: c, on
-    log q(t|s); full_gradient: also through w (with "sample" all of eq. (7)); direction: the
-    modality s, shown by every example, of the one direction to train, instead of all;
-    pseudo_samples: N; explicit: "mixture" or "product" of encoders, as p(z|t) when t is several
-    modalities (App. E)."""
+    """samples: K; kl: "sample", as in eq. (6), or "closed", outside w; classifier_scale: c, the
+    factor on log q(t|s); full_gradient: also through w (with kl="sample" all of eq. (7)); direction:
+    the modality s of the only direction to train, which every example must show; pseudo_samples: N;
+    explicit: p(z|t) where t is several modalities (App. E), the "mixture" or the "product" of
+    their encoders."""
 
     def __init__(
         self,
         modalities,
         latent_dim,
+        *,
         samples=10,
         kl="closed",
         classifier_scale=10.0,
@@ -86,48 +88,49 @@ class MEME(nn.Module):
         super().__init__()
         names = [m.name for m in modalities]
         if direction not in (None, *names):
-            raise ValueError(f"direction is one of {', '.join(names)}, not {direction!r}")
-        if not 0 < samples < 2**31 or not 0 < pseudo_samples < 2**31:
-            raise ValueError("samples and pseudo_samples are integers from 1 on")
-        if not math.isfinite(classifier_scale):
-            raise ValueError(f"classifier_scale is a finite number, not {classifier_scale}")
+            raise ValueError(f"direction must be one of {', '.join(names)}, not {direction!r}")
+        if samples < 1 or pseudo_samples < 1:
+            raise ValueError("samples and pseudo_samples must be 1 or more")
         if kl not in ("closed", "sample") or explicit not in ("mixture", "product"):
-            raise ValueError("kl is closed or sample, explicit is mixture or product")
+            raise ValueError("kl must be closed or sample, explicit mixture or product")
         if explicit == "product" and len(modalities) == 2:
-            raise ValueError("explicit = product is for three modalities or more: of two, t is one")
+            raise ValueError("explicit=product needs three modalities: of two, t is a single one")
         self.modalities, self.latent_dim, self.samples = modalities, latent_dim, samples
-        self.kl, self.explicit = kl, explicit
+        self.kl, self.explicit, self.pseudo_samples = kl, explicit, pseudo_samples
         self.classifier_scale, self.full_gradient = classifier_scale, full_gradient
-        self.only = None if direction is None else names.index(direction)
-        # each is two things: q(z|x_m) and p(z|x_m); p(x_m|z) and q(x_m|z)
+        self.direction = None if direction is None else names.index(direction)
+        # Each network plays two roles: q(z|x_m) and p(z|x_m); p(x_m|z) and q(x_m|z)
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)
         self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)
         self.pseudo = nn.ParameterList()  # u_1..N of each modality, of x's shape; words as logits
         for m, decode in zip(modalities, self.decoders):
-            u = torch.rand(pseudo_samples, *decode(torch.zeros(1, latent_dim)).shape[1:])
+            shape = decode(torch.zeros(1, latent_dim)).shape[1:]  # categorical: one more axis
+            u = torch.rand(pseudo_samples, *shape)
             if m.likelihood == "categorical":
-                u = 8 * F.one_hot(u.argmax(-1), u.shape[-1]).float()
+                u = CERTAIN * F.one_hot(u.argmax(-1), u.shape[-1]).float()
             self.pseudo.append(nn.Parameter(u))
 
     @torch.no_grad()
-    def start_pseudo(self, examples):
-        """Copy observed examples, one tensor per modality, over the first pseudo-samples; a word
-        becomes logits, 8 for itself."""
+    def init_pseudo_samples(self, examples):
+        """Copy observed examples, one tensor per modality, over the first pseudo-samples; a word or
+        class becomes logits."""
         for m, u, x in zip(self.modalities, self.pseudo, examples):
             if m.likelihood == "categorical":
-                x = 8 * F.one_hot(x, u.shape[-1]).float()
+                x = CERTAIN * F.one_hot(x, u.shape[-1]).float()
             u[: len(x)] = x[: len(u)]
 
     def encode(self, xs):
-        """q(z|x_m), which is p(z|x_m) too, for each observed modality. -> M times mu, logvar"""
+        """q(z|x_m), also p(z|x_m), of each modality. -> M times (mu, logvar), or None if missing"""
         each = zip(self.encoders, xs, strict=True)
-        return [None if x is None else slowed(*encode(x)) for encode, x in each]
+        return [None if x is None else soft_cap_logvar(*encode(x)) for encode, x in each]
 
     def pseudo_prior(self, s=None):
-        """The components of eq. (4)'s prior, p(z|u_i), for the u of all modalities but s.
-        -> mu, logvar, each (n N, L) for n such modalities"""
+        """p(z|u_i), the components of eq. (4)'s prior, for the u of all modalities but s.
+        -> mu, logvar, each (n N, L) with n such modalities"""
         others = [m for m in range(len(self.modalities)) if m != s]
-        gaussians = [slowed(*self.encoders[m](self.pseudo[m], running=True)) for m in others]
+        gaussians = [
+            soft_cap_logvar(*self.encoders[m](self.pseudo[m], running=True)) for m in others
+        ]
         return [torch.cat(parameters) for parameters in zip(*gaussians)]
 
     def log_p(self, m, z, x):
@@ -135,13 +138,14 @@ class MEME(nn.Module):
         modality = self.modalities[m]
         return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
 
-    def weigh(self, log_q_t):
+    def importance_weight(self, log_q_t):
         """log q(t|s) and w, the weight of z_1, from log q(t|z_k), (K, B). -> (B,), (B,)"""
-        # z_1 has to be in this sum (App. D): else w is unbounded, and training silently collapses
+        # z_1 must be in this sum (App. D): without it w is unbounded and training collapses silently
         log_q_t_given_s = log_q_t.logsumexp(0) - math.log(len(log_q_t))  # Eq. (8), with its 1/K
-        w = torch.exp(log_q_t[0] - log_q_t_given_s)  # Eq. (10): in (0, K], its mean is 1
-        # App. B: the gradient of w, the first term of eq. (7), is mostly noise
-        return log_q_t_given_s, w if self.full_gradient else w.detach()
+        w = torch.exp(log_q_t[0] - log_q_t_given_s)  # Eq. (10): in (0, K], with mean 1
+        if not self.full_gradient:
+            w = w.detach()  # App. B: the gradient of w, the first term of eq. (7), is mostly noise
+        return log_q_t_given_s, w
 
     def bound(self, s, xs, gaussians):
         """L(s -> t), t being all other observed modalities. -> (B,), nats"""
@@ -151,19 +155,22 @@ class MEME(nn.Module):
         z = mu + torch.exp(0.5 * logvar) * eps  # ~ q(z|s)
         log_p_s = self.log_p(s, z[0], xs[s])  # (B,)
         log_q_t = sum(self.log_p(m, z, xs[m]) for m in t)  # (K, B)
-        log_q_t_given_s, w = self.weigh(log_q_t)
+        log_q_t_given_s, w = self.importance_weight(log_q_t)
         prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
-        # c = 10: with 1, w detached, the expected gradient of s -> t reconstruction is zero
-        if self.kl == "closed" and len(prior_mu) == 1:  # Eq. (6), its KL outside w: less noise
-            kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
-            return w * (log_p_s - log_q_t[0]) - kl + self.classifier_scale * log_q_t_given_s
-        log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0) - math.log(len(prior_mu))
-        log_q_z = log_normal(z[0], mu, logvar)
-        ratio = log_p_s + log_p_z - log_q_z - log_q_t[0]
-        return w * ratio + self.classifier_scale * log_q_t_given_s  # Eq. (6), where c is 1
+        # c = 10: with 1, and w detached, the expected gradient of s -> t reconstruction is zero
+        if self.kl == "sample" or len(prior_mu) > 1:  # Eq. (6), where c is 1
+            log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0)
+            log_p_z = log_p_z - math.log(len(prior_mu))  # a mixture's density: it has no closed KL
+            log_q_z = log_normal(z[0], mu, logvar)
+            ratio = log_p_s + log_p_z - log_q_z - log_q_t[0]
+            return w * ratio + self.classifier_scale * log_q_t_given_s
+        # The KL in closed form, outside w, whose mean is 1: less noise, but not a bound
+        kl = kl_normal(mu, logvar, prior_mu[0], prior_logvar[0])
+        return w * (log_p_s - log_q_t[0]) - kl + self.classifier_scale * log_q_t_given_s
 
     def conditional_prior(self, gaussians):
-        """p(z|t): the components of a mixture of t's encoders, or their product alone (App. E)."""
+        """p(z|t) (App. E): the components of the mixture of t's encoders, or their product as the
+        only one. -> mu, logvar, each (n, B, L)"""
         mu, logvar = (torch.stack(parameters) for parameters in zip(*gaussians))  # (n, B, L)
         if self.explicit == "mixture" or len(mu) == 1:
             return mu, logvar
@@ -172,7 +179,7 @@ class MEME(nn.Module):
         return (precision * mu).sum(0, keepdim=True) / total, -total.log()  # (1, B, L)
 
     def marginal_bound(self, s, x, mu, logvar):
-        """L(s), eq. (4): t is missing, p(z) is the mixture over its pseudo-samples.
+        """L(s), eq. (4), where t is missing: p(z) is the mixture over t's pseudo-samples.
         -> (B,), nats"""
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         prior_mu, prior_logvar = self.pseudo_prior(s)
@@ -181,13 +188,13 @@ class MEME(nn.Module):
         return self.log_p(s, z, x) + log_p_z - log_normal(z, mu, logvar)
 
     def objective(self, *xs):
-        """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
+        """The objective of examples of one pattern, to be maximised: mean over the batch, nats, scalar."""
         gaussians = self.encode(xs)
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(seen) == 1:
             s = seen[0]
             return self.marginal_bound(s, xs[s], *gaussians[s]).mean()
-        starts = seen if self.only is None else [self.only]
+        starts = seen if self.direction is None else [self.direction]
         bounds = [self.bound(s, xs, gaussians) for s in starts]
         return torch.stack(bounds).mean()  # Eq. (2); eq. (11) for M = 3
 
@@ -195,227 +202,237 @@ class MEME(nn.Module):
         """The loss of each stream (weight, xs): -weight * objective. -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
-    def refuse_untrained(self, masks):
-        """A single direction s -> t trains nothing on examples without s."""
-        if self.only is not None and not all(mask[self.only] for mask in masks):
-            name = self.modalities[self.only].name
-            raise ValueError(f"direction {name} needs {name} shown in every example")
+    def check_streams(self, masks):
+        """ValueError where the only direction, s -> t, meets examples without s."""
+        if self.direction is not None and not all(mask[self.direction] for mask in masks):
+            name = self.modalities[self.direction].name
+            raise ValueError(f"direction {name} needs {name} in every example")
+
+    def trained_priors(self, masks):
+        """The names of the modalities whose own prior, eq. (4), streams with these masks train:
+        those that some stream shows alone."""
+        alone = [mask.index(True) for mask in map(list, masks) if sum(mask) == 1]
+        return tuple(m.name for k, m in enumerate(self.modalities) if k in alone)
 
     def posterior(self, *xs):
-        """q(z|observed), which is p(z|observed) too: that encoder, or of several their mixture or
-        product. Batch (B,), event (L,)."""
+        """q(z|observed): the encoder of one modality; of several their mixture or product. Batch
+        (B,), event (L,)."""
         seen = [gaussian for gaussian in self.encode(xs) if gaussian is not None]
         mu, logvar = self.conditional_prior(seen)  # (n, B, L)
         if len(mu) == 1:
             return normal(mu[0], logvar[0])
         return mixture(*(parameter.transpose(0, 1).contiguous() for parameter in (mu, logvar)))
 
-    def prior(self, s=None):
-        """p(z): the mixture over all pseudo-samples, our choice; with s: eq. (4)'s prior of
-        examples that show s alone."""
-        return mixture(*self.pseudo_prior(s))
+    def prior(self, *xs):
+        """p(z) of examples that show one modality alone, eq. (4); for several, or without xs, the
+        mixture over all pseudo-samples, which is our choice. Event (L,)."""
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        return mixture(*self.pseudo_prior(seen[0] if len(seen) == 1 else None))
 
     def decode(self, z):
-        """The mean of each p(x_m|z): M tensors, z.shape[:-1] + x_m's shape."""
+        """The mean of each p(x_m|z): M tensors of shape z.shape[:-1] + x_m's shape."""
         return [nets.mean(m, decode(z)) for m, decode in zip(self.modalities, self.decoders)]
-
-    @torch.no_grad()
-    def log_likelihood(self, *xs, samples=1000, given=None):
-        """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B.
-        -> (B,)"""
-        seen = [m for m, x in enumerate(xs) if x is not None]
-        if given is None:
-            q, p = self.posterior(*xs), self.prior(seen[0] if len(seen) == 1 else None)
-        else:
-            known = [g if x is None else x for x, g in zip(xs, given)]
-            q, p = self.posterior(*known), self.posterior(*given)
-        z = q.sample((samples,))  # (K, B, L)
-        log_p = [nets.log_prob(self.modalities[m], self.decoders[m](z), xs[m]) for m in seen]
-        log_w = sum(log_p) + p.log_prob(z) - q.log_prob(z)
-        return log_w.logsumexp(0) - math.log(samples)
 
 
 MODEL = MEME
 
 
 def options(flag):
-    """The flags of this model: its constructor's keyword arguments."""
-    flag("--samples", type=int, default=10, help="samples of z per example (K)")
-    flag("--kl", default="closed", help="KL terms: closed, a formula, or sample, at one z, eq. (6)")
-    flag("--classifier-scale", type=float, default=10.0, help="weight of predicting the others")
-    flag("--full-gradient", action="store_true", help="train through the weights, eq. (10), too")
-    flag("--direction", metavar="NAME", help="train to generate the others from NAME only")
-    flag("--pseudo-samples", type=int, default=128, help="learned inputs in a missing one's place")
-    flag("--explicit", default="mixture", help="p(z|several): mixture or product of their encoders")
+    """The flags of this model: the keyword arguments of its constructor, which have the defaults."""
+    flag("--samples", type=int, help="samples of z per example (K)")
+    flag("--kl", choices=["closed", "sample"], help="KL in closed form, or of eq. (6)'s sample")
+    flag("--classifier-scale", type=float, help="c, the factor on log q(t|s)")
+    flag("--full-gradient", action="store_true", help="differentiate the weights w, too (eq. 7)")
+    flag("--direction", metavar="NAME", help="train only L(s -> t), s being NAME")
+    flag("--pseudo-samples", type=int, help="learnable inputs per modality (N)")
+    flag("--explicit", choices=["mixture", "product"], help="p(z|t) of several modalities t")
 
 
-# ----------------------------------------------------------- the loop: one text in all five scripts
+# ----------------------------------------------------- the training loop, identical in five scripts
 
 import argparse
+import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 import data
 
-FREE = set("epochs lr clip device amp compile data out resume options".split())  # free on --resume
-NAMED = "limit epochs batch_size lr clip latent_dim likelihoods weights width sampling standardise"
+# --resume may change these; every other setting is the run's
+FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "data", "out", "resume"}
 
 
-def parser(argv):
-    """-> a parser whose defaults are those of argv's data set, the names of the common flags"""
+def parse_args(argv=None, saved=None):
+    """saved: args.json of a run to resume, whose settings replace the defaults.
+    -> the parser, the arguments"""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="glyphs")
-    chosen = first.parse_known_args(argv)[0].dataset
-    p = data.Parser(__doc__.splitlines()[0], "[--dataset NAME] [--paired F] [options]", data.TERMS)
-    flag, switch, count = p.add_argument, argparse.BooleanOptionalAction, data.at_least(1)
-    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
+    dataset = first.parse_known_args(argv)[0].dataset
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.suggest_on_error = True  # Python 3.14 and newer
+    flag, switch = p.add_argument, argparse.BooleanOptionalAction
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--dataset", default="glyphs", help=f"{', '.join(data.DATASETS)}, or a path.npz")
     flag("--data", default="./data", help="folder of the data sets")
-    flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
-    flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch, see below")
-    flag("--epochs", type=count, help="passes over the training examples")
-    flag("--batch-size", type=count, help="examples in a step, of all processes")
-    flag("--lr", type=data.positive, help="learning rate of Adam")
-    flag("--clip", type=data.norm, help="largest norm of a step's gradient; 0: any")
-    flag("--latent-dim", type=count, help="dimensions of the latent variable z")
-    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
+    flag("--paired", type=float, default=1.0, help="fraction of examples with all modalities")
+    flag("--unpaired", default="split", help="the others show: split, all, rest, none, or a NAME")
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="how a batch mixes streams")
+    flag("--epochs", type=int, help="passes over the training examples")
+    flag("--batch-size", type=int, help="examples per step, over all processes")
+    flag("--lr", type=float, help="learning rate of Adam")
+    flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
+    flag("--latent-dim", type=int, help="dimensions of the latent variable z")
+    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
-    flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
-    flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag("--seed", type=data.at_least(0), default=0, help="of pairs, weights, order and noise")
-    flag("--limit", type=count, help="use the first LIMIT training examples only")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
-    flag("--amp", action=switch, default=False, help="networks in bfloat16, faster on a GPU")
-    flag("--compile", action=switch, default=False, help="torch.compile: a slow start, then faster")
-    flag("--out", help="folder of the run, instead of runs/<model>-<dataset>-...")
+    flag("--standardise", action=switch, default=True, help="scale the numbers of a path.npz")
+    flag("--width", type=float, default=1.0, help="factor on the layer sizes of spectra")
+    flag("--seed", type=int, default=0, help="random seed")
+    flag("--limit", type=int, help="train on the first LIMIT examples only")
+    flag("--device", default=cuda, help="a torch device: cuda, cuda:1, mps, cpu")
+    flag("--amp", action=switch, default=False, help="bfloat16 autocast")
+    flag("--compile", action=switch, default=False, help="torch.compile the step")
+    flag("--out", help="folder of the run, by default runs/MODEL-DATASET-...")
     flag("--resume", action="store_true", help="continue the run in its folder")
-    common = set(vars(p.parse_args([])))
     options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
-    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
-    return p, common
+    p.set_defaults(**MODEL.__init__.__kwdefaults__)
+    p.set_defaults(**DEFAULTS.get(dataset, DEFAULTS["npz"]))
+    args = p.parse_args(argv)
+    for key in ("epochs", "batch_size", "lr", "latent_dim", "width", "limit"):
+        value = getattr(args, key)
+        if value is not None and not 0 < value < math.inf:
+            p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
+    out = args.out or os.path.join("runs", run_name(p, args))
+    if saved:
+        kept = saved.keys() - {"device", "out", "resume"}
+        p.set_defaults(**{key: saved[key] for key in vars(args).keys() & kept})
+        args = p.parse_args(argv)
+        for key in vars(args).keys() & saved.keys() - FREE:
+            if getattr(args, key) != saved[key]:
+                p.error(f"{out} has --{key.replace('_', '-')} {saved[key]}: --resume keeps it")
+    args.out, args.data = out, os.path.abspath(args.data)
+    if args.dataset.endswith(".npz"):
+        args.dataset = os.path.abspath(args.dataset)
+    return p, args
 
 
-def run_folder(p, args, common):
-    """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
-    and not as usual."""
-    flags = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
-    flags = {k: f"no-{k}" if v is False else f"{k}={v}".replace("_", "-") for k, v in flags.items()}
-    name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
-    pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
-    name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]
-    name += [flags[k] for k in NAMED.split() if k in flags]
-    return Path(args.out or Path("runs", "-".join(name)))
+def run_name(p, args):
+    """<model>-<dataset>-paired<f>-<unpaired>-seed<s> and every setting that is not the default."""
+    parts = [Path(__file__).stem, Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired]
+    parts.append(f"seed{args.seed}")
+    elsewhere = {"dataset", "paired", "unpaired", "seed", "data", "device", "amp", "compile"}
+    for key, value in vars(args).items():
+        if key not in elsewhere | {"out", "resume"} and value != p.get_default(key):
+            flag = key.replace("_", "-")
+            parts.append(f"no-{flag}" if value is False else f"{flag}={value}")
+    return "-".join(parts)
 
 
-def build(p, args, common, world, saved):
-    """-> dataset, streams, model, args.json. ValueError for what a user got wrong."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if args.device == "cuda" and here > gpus:
-        raise ValueError(f"{here} processes, but {gpus} CUDA devices: start {gpus} processes")
-    if args.batch_size < world:
-        raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
-    given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}
-    known = saved.get("spec", {})  # a run goes on as it began, on any machine
-    kinds = known.get("likelihoods", given.get("likelihoods"))
-    constants = known.get("standardise") if args.standardise else {}
-    dataset = data.load(args.dataset, args.data, args.limit, kinds, constants)
-    asked = args.paired, args.unpaired
-    if dataset.mask is not None and asked != (p.get_default("paired"), p.get_default("unpaired")):
-        raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
-    fixed = args.seed, dataset.mask, dataset.groups
-    streams = data.pairing(len(dataset.train), dataset.names, *asked, *fixed)
-    spec = dataset.spec | {"width": args.width} | given
-    own = {key: value for key, value in vars(args).items() if key not in common}
+def build(args, saved):
+    """saved: args.json of a run to resume, or {}. -> dataset, streams, model, the new args.json;
+    ValueError for a mistake of the user"""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):  # torch was built without it, or it is not there
+        raise ValueError(f"--device {args.device} is not available here") from None
+
+    # data
+    stats = None if args.standardise else {}
+    if saved:  # those the run began with: on another machine the last digit may differ
+        arrays = saved["spec"].get("arrays", {})
+        stats = {name: array.get("stats", {}) for name, array in arrays.items()}
+    likelihoods = args.likelihoods and args.likelihoods.split(",")
+    dataset = data.load(args.dataset, args.data, args.limit, likelihoods, stats)
+    streams = data.pairing(
+        len(dataset.train),
+        dataset.names,
+        args.paired,
+        args.unpaired,
+        seed=args.seed,
+        mask=dataset.mask,
+        groups=dataset.groups,
+    )
+
+    # model
+    spec = dataset.spec | {"width": args.width}
+    if args.weights:
+        spec["weights"] = args.weights.split(",")
+    own = {key: getattr(args, key) for key in MODEL.__init__.__kwdefaults__}
     torch.manual_seed(args.seed)
     model = MODEL(nets.modalities(**spec), args.latent_dim, **own)
-    data.refuse_values(dataset, model.modalities)
-    if hasattr(model, "refuse_untrained"):
-        model.refuse_untrained([shown for shown, _ in streams])
-    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__}
-    record |= data.absolute(vars(args)) | {"options": own, "spec": spec, "note": dataset.note}
-    return dataset, streams, model, record | {"examples": len(dataset.train)}
+    if hasattr(model, "check_streams"):
+        model.check_streams([mask for mask, _ in streams])
+
+    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__} | vars(args)
+    record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
+    for key in ("model", "spec", "note", "examples"):
+        if saved.get(key, record[key]) != record[key]:
+            raise ValueError(f"{args.dataset} does not hold the data that {args.out} began with")
+    return dataset, streams, model, record
 
 
-def start(args, model, split, streams, state, world):
-    """Model and optimizer on the device, as new or as in state. -> net, optimizer"""
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    net = model.to(args.device)
+def main(argv=None):
+    p, args = parse_args(argv)
+    run, saved, state = Path(args.out), {}, {"epoch": 0, "log": []}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:  # a mistake of the user is one sentence and exit code 2, before anything is written
+        if args.resume:
+            saved, state = data.read_run(run)
+            p, args = parse_args(argv, saved)
+        elif rank == 0 and (run / "checkpoint.pt").exists():
+            raise ValueError(f"{run} holds a run: add --resume, or name another folder with --out")
+        dataset, streams, model, record = build(args, saved)
+        run.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+
+    # distributed
+    device = torch.device(args.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # optimizer
+    train, net = dataset.train.to(device), model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    if "model" in state:
-        try:
-            model.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-        except Exception as error:  # of other sizes or another model
-            raise ValueError(f"checkpoint.pt does not fit: {data.one_line(error)}") from None
+    if saved:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
-    elif hasattr(model, "start_pseudo"):
-        model.start_pseudo(data.observed(split, streams, len(model.pseudo[0])))
+    elif hasattr(model, "init_pseudo_samples"):
+        model.init_pseudo_samples(data.observed(train, streams, model.pseudo_samples))
     if world > 1:  # a stream of one modality leaves the other decoders unused
         net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-    return torch.compile(net) if args.compile else net, optimizer
+    if args.compile:
+        net = torch.compile(net)
+    if rank == 0:
+        save(run, record, model, optimizer, state["epoch"], state["log"])
+        size = sum(w.numel() for w in model.parameters())
+        print(f"{run}  {size:,} weights  {len(train):,} examples  {dataset.note}", flush=True)
 
-
-def save(run, model, optimizer, state):
-    """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
-    state = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    data.write_checkpoint(run / "checkpoint.pt", state)
-    data.write_csv(run / "log.csv", state["log"])
-
-
-@torch.no_grad()
-def nats(model, xs):
-    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers.
-    FloatingPointError when the weights, or the objective of 16 examples, are not finite."""
-    model.eval()
-    few = [None if x is None else x[:16] for x in xs]
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    if not finite or not model([(1.0, few)]).isfinite():
-        raise FloatingPointError("the objective is not finite after its last step")
-    z, found = model.posterior(*xs).sample(), []
-    for m, decode, x in zip(model.modalities, model.decoders, xs):
-        found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
-    model.train()
-    return found
-
-
-def add(total, losses, step, names):
-    """total + the losses of the last steps, up to `step`. FloatingPointError: not finite."""
-    for at, (values, masks) in enumerate(losses, step + 1 - len(losses)):
-        for value, shown in zip(values.tolist(), masks):
-            total += value
-            if not math.isfinite(value):
-                what = "+".join(name for name, seen in zip(names, shown) if seen)
-                raise FloatingPointError(f"the loss of {what} is {value} in step {at}")
-    return total
-
-
-def train(args, run, model, net, optimizer, dataset, streams, state, rank, world):
-    """The epochs that are left. state: how many are done, and their log; kept up to date."""
-    split, names = dataset.train.to(args.device), dataset.names
-    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
-    shown, index = streams[0]
-    sample = data.show(split, shown, index[:256].to(args.device))  # for the nats of each epoch
-    done, since = state["epoch"], time.perf_counter()
-    for epoch in range(done + 1, args.epochs + 1):
+    # train
+    sizes, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
+    mask, index = streams[0]
+    sample = data.select(train, mask, index[:256].to(device))  # for log p(x|z) in log.csv
+    first, log, started = state["epoch"] + 1, state["log"], time.perf_counter()
+    for epoch in range(first, args.epochs + 1):
         seed = 1_000_003 * args.seed + epoch
-        torch.manual_seed(4_099 * seed + rank)  # the noise
-        order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
+        torch.manual_seed(4_099 * seed + rank)  # noise: different on every rank
+        order = torch.Generator().manual_seed(seed)  # batches: the same on every rank
         if hasattr(model, "start_epoch"):
             model.start_epoch(epoch)
-        how = args.batch_size, args.sampling, order, rank, world
-        losses, total, began, tick = [], 0.0, time.perf_counter(), 0.0
-        for step, batch in enumerate(data.batches(split, streams, *how), 1):
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        losses, total, epoch_started, tick = [], 0.0, time.perf_counter(), 0.0
+        batches = data.batches(train, streams, args.batch_size, args.sampling, order, rank, world)
+        for step, batch in enumerate(batches, 1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = net(batch)  # (S,)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
@@ -423,67 +440,93 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
 
-            losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))
+            losses.append(loss.detach())
             now = time.perf_counter()
-            if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
-                total, losses, tick = add(total, losses, step, names), [], now
+            if now > tick + 1 or step == steps:  # reads the losses: the only synchronisation
+                for at, values in enumerate(losses, step + 1 - len(losses)):
+                    for value in values.tolist():
+                        total += value
+                    check_finite(total, run, epoch, at)
+                losses, tick = [], now
                 if rank == 0 and sys.stdout.isatty():
-                    left = (now - began) / step * (steps - step)
+                    left = (now - epoch_started) / step * (steps - step)
                     print(f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" ")
         if world > 1:  # the mean over ranks is the objective of the union of their batches
-            total = torch.tensor(total, device=args.device)
+            total = torch.tensor(total, device=device)
             torch.distributed.all_reduce(total)
             total = total.item() / world
         if rank == 0:
-            seconds = time.perf_counter() - began
-            row = {"objective": -total / steps}
-            row |= {f"nats_{n}": value for n, value in zip(names, nats(model, sample))}
-            pace = {"examples_per_second": sum(sizes) * steps / seconds, "seconds": seconds}
-            state["log"].append({"epoch": epoch, **row, **pace})
-            save(run, model, optimizer, state | {"epoch": epoch})
-            text = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
-            minutes = (time.perf_counter() - since) / (epoch - done) * (args.epochs - epoch) / 60
-            text += f"  {pace['examples_per_second']:.0f} examples/s  {minutes:.1f} minutes left"
-            print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
-        state["epoch"] = epoch
+            now = time.perf_counter()
+            objective, log_px = log_px_z(model, sample)
+            check_finite(objective, run, epoch, steps)  # also after the last step
+            row = {"objective": -total / steps} | log_px
+            pace = sum(sizes) * steps / (now - epoch_started)
+            seconds = {"examples_per_second": pace, "seconds": now - epoch_started}
+            log.append({"epoch": epoch} | row | seconds)
+            save(run, record, model, optimizer, epoch, log)
+            minutes = (now - started) / (epoch - first + 1) * (args.epochs - epoch) / 60
+            numbers = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
+            line = f"{numbers}  {pace:.0f} examples/s  {minutes:.1f} minutes left"
+            print(f"\repoch {epoch} of {args.epochs}  {line}", flush=True)
+    if rank == 0:
+        save_examples(model, dataset, run / "examples.png")
+        print(f"python eval.py {run}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
-def main(argv=None):
-    p, common = parser(argv)
-    args = p.parse_args(argv)
-    run, saved, state = run_folder(p, args, common), {}, {"epoch": 0, "log": []}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with data.ending(p, run, args, state):  # whatever stops it is said in a sentence
-        try:  # what a user got wrong, before anything is written
-            if args.resume:
-                saved, before = data.read_run(run)
-                state.update(before)
-                kept = vars(args).keys() & saved.keys() - {"device", "out"}
-                p.set_defaults(**{key: saved[key] for key in kept})
-                vars(args).update(vars(p.parse_args(argv)))
-            elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
-                raise ValueError(f"{run} holds a run: add --resume, or name another with --out")
-            dataset, streams, model, record = build(p, args, common, world, saved)
-            data.refuse_changes(run, saved, record, FREE)
-            if state["epoch"] > args.epochs:
-                raise ValueError(f"{run} has {state['epoch']} epochs, more than --epochs")
-            net, optimizer = start(args, model, dataset.train, streams, state, world)
-        except (ValueError, OSError) as error:
-            p.error(data.sentence(error))
-        if rank == 0:
-            data.start_run(run, record)
-            save(run, model, optimizer, state)
-            size = f"{sum(w.numel() for w in model.parameters()):,} weights"
-            print(run, size, f"{len(dataset.train):,} examples", dataset.note, sep="  ", flush=True)
-            if state["epoch"] == args.epochs:
-                print(f"nothing is left to do: it has its {args.epochs} epochs")
-        train(args, run, model, net, optimizer, dataset, streams, state, rank, world)
-        if world > 1:
-            torch.distributed.destroy_process_group()
-        if rank == 0:
-            drawn = data.picture(model, dataset, run / "examples.png")
-            print(*drawn, data.command("eval.py", run), sep="\n")
+def save(run, record, model, optimizer, epoch, log):
+    """args.json; checkpoint.pt, tensors and numbers only, which torch.load reads with
+    weights_only=True; log.csv, a row per epoch."""
+    text = json.dumps(record, indent=1).encode()
+    data.atomic_write(run / "args.json", lambda file: file.write(text))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"epoch": epoch, "log": log}
+    data.atomic_write(run / "checkpoint.pt", lambda file: torch.save(state, file))
+    data.write_csv(run / "log.csv", log)
+
+
+def check_finite(loss, run, epoch, step):
+    """Stop the run, whose last checkpoint is kept, where a loss is not finite."""
+    if not math.isfinite(loss):
+        print(f"\n{run}: the loss is {loss} in epoch {epoch}, step {step}", file=sys.stderr)
+        print(f"go on with --out {run} --resume and a lower --lr, or a --clip", file=sys.stderr)
+        sys.exit(2)
+
+
+@torch.no_grad()
+def log_px_z(model, xs):
+    """The objective of some examples, and the mean log p(x_m|z) of each modality, unweighted, at
+    one z ~ q(z|xs), in nats. -> objective, {"log_p_NAME": number}; NaN for a missing modality"""
+    model.eval()
+    objective = model.objective(*xs).item()
+    z, log_px = model.posterior(*xs).sample(), {}
+    for m, decode, x in zip(model.modalities, model.decoders, xs):
+        log_p = math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item()
+        log_px[f"log_p_{m.name}"] = log_p
+    model.train()
+    return objective, log_px
+
+
+@torch.no_grad()
+def save_examples(model, dataset, path, n=10):
+    """A PNG with a column for each of n test examples, one per label where there are as few labels.
+    Rows: the images of each modality and what one z of that modality alone generates."""
+    model.eval()
+    test, names = dataset.test, dataset.names
+    index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
+    if test.labels is not None and len(labels := test.labels.unique()) <= n:
+        index = torch.stack([(test.labels == label).nonzero()[0, 0] for label in labels])
+    device, rows = next(model.parameters()).device, {}
+    xs = [x.to(device) for x in test[index]]
+    for m, x in enumerate(xs):
+        alone = [x if k == m else None for k in range(len(xs))]
+        means = model.decode(model.posterior(*alone).sample())
+        rows[names[m]] = x
+        rows |= {f"{names[m]} -> {name}": mean for name, mean in zip(names, means)}
+    rows = {name: x for name, x in rows.items() if data.is_image(x)}
+    if rows and data.save_grid(list(rows.values())[:12], path):
+        print(f"{path} has rows of test examples: {', '.join(list(rows)[:12])}")
 
 
 if __name__ == "__main__":

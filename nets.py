@@ -1,15 +1,14 @@
-"""Encoders, decoders and likelihoods: plain layers, the same for all five models. A reader of the
-models may skip it.
+"""Encoders, decoders and likelihoods: plain layers, the same for all five models. Readers of the
+models may skip this file.
 
-A model is built from a list of `Modality`, one per modality, which `modalities(name)` makes. The
+A model is built from a list of `Modality`, one per modality, which `modalities(name)` returns. The
 layers are those of the papers' tables (MEME, Table 8; "In Defense of Product-of-Experts", Tables
 A.2-A.9), with their misprints corrected. A 4x4 convolution on a 4x4 map, or from a 1x1 map, is
-written as the linear layer that it is.
+written as the equivalent linear layer.
 
 Shapes: B examples, K samples, L latent dimensions, V words.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,20 +20,20 @@ from torch import nn
 
 LIKELIHOODS = ("bernoulli", "laplace", "normal", "poisson", "categorical")
 PAD = 1  # the index of <pad> in every vocabulary: padding is not scored
-NO_CLASS = -100  # of a class, every value is
+NO_CLASS = -100  # F.cross_entropy's ignore_index where every class is scored
 MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 1/scale^2 explodes
 
 
 class Modality(NamedTuple):
-    """What a model needs to know of one modality.
+    """One modality, as a model sees it.
 
-    encoder(latent_dim) builds a module x -> (mu, logvar), each (B, L); decoder(latent_dim) one from
-    z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical), the
-    location (laplace, normal) or the logarithm of the rate (poisson). `weight` multiplies the
-    log-likelihood in a model's objective, `scale` is the one of laplace and normal.
+    encoder(latent_dim) builds a module from x to (mu, logvar), each (B, L); decoder(latent_dim) one
+    from z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical),
+    the location (laplace, normal) or the log rate (poisson). `weight` multiplies the log-likelihood
+    in a model's objective; `scale` is the scale of laplace and normal.
 
-    A class, one of C for each example, has the shape () and the likelihood categorical: x is int64
-    (B,), its parameter (..., B, C). Counts are whole numbers from 0 on, as floats.
+    A class, one of C per example, has the shape () and the likelihood categorical: x is int64 (B,),
+    its parameter (..., B, C). Counts are whole numbers from 0 on, as floats.
     """
 
     name: str
@@ -50,9 +49,10 @@ def log_prob(modality, parameter, x):
     """log p(x|z), summed over the features, constants kept, unweighted, in nats.
 
     parameter (..., B, *shape), for categorical (..., B, *shape, V); x (B, *shape) -> (..., B),
-    float32. Padding in a caption is not scored. Bernoulli takes greys in [0, 1] too, which makes it
-    a pseudo-likelihood.
+    float32. Padding in a caption is not scored. Bernoulli also takes greys in [0, 1], which makes
+    it a pseudo-likelihood. ValueError where a shape does not fit: nothing is broadcast.
     """
+    check_shapes(modality, parameter, x)
     parameter, features = parameter.float(), tuple(range(-len(modality.shape), 0))
     if modality.likelihood == "categorical":
         x, unscored = x.expand(parameter.shape[:-1]), PAD if modality.shape else NO_CLASS
@@ -68,12 +68,23 @@ def log_prob(modality, parameter, x):
         return (x * parameter - torch.exp(parameter) - torch.lgamma(x + 1)).sum(features)
     if modality.likelihood not in ("laplace", "normal"):
         raise ValueError(
-            f"the likelihood {modality.likelihood!r} is none of {', '.join(LIKELIHOODS)}"
+            f"the likelihood must be one of {', '.join(LIKELIHOODS)}, not {modality.likelihood!r}"
         )
     error = (x - parameter) / modality.scale
     if modality.likelihood == "laplace":
         return (-error.abs() - math.log(2 * modality.scale)).sum(features)
     return (-0.5 * error**2 - math.log(modality.scale * math.sqrt(2 * math.pi))).sum(features)
+
+
+def check_shapes(modality, parameter, x):
+    """ValueError unless x is (B, *shape) and the decoder's parameter (..., B, *shape), with one more
+    axis for categorical: (B,) against (B, 1) would be broadcast to (B, B)."""
+    own = parameter.shape[:-1] if modality.likelihood == "categorical" else parameter.shape
+    if x.shape[1:] != torch.Size(modality.shape) or own[len(own) - x.ndim :] != x.shape:
+        raise ValueError(
+            f"{modality.name} must have the shape {('B', *modality.shape)}, not {tuple(x.shape)}; "
+            f"the decoder's parameter is {tuple(parameter.shape)}"
+        )
 
 
 def mean(modality, parameter):
@@ -96,8 +107,8 @@ def gaussian(h):
 
 
 def apply(net, x, running=False):
-    """net(x). BatchNorm takes its running statistics for one example alone, which has no spread, and
-    where asked to: a copy of them, for a later batch changes them before the gradient is taken."""
+    """net(x). BatchNorm uses its running statistics with running=True, and for a batch of one, which
+    has no variance; a copy of them, since a later batch changes them before the backward pass."""
     norms = [
         m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
@@ -113,7 +124,7 @@ def apply(net, x, running=False):
 
 
 class Encoder(nn.Module):
-    """x -> mu, logvar of a Gaussian over z: a trunk of `width` features and one linear head for
+    """x -> mu, logvar of a Gaussian over z: a trunk with `width` outputs, one linear head for
     both."""
 
     def __init__(self, trunk, width, latent_dim):
@@ -126,7 +137,7 @@ class Encoder(nn.Module):
 
 
 class Joint(nn.Module):
-    """[x_1, ..., x_M] -> mu, logvar of q(z|x_1..M): trunks of its own, a layer of 512 each, one
+    """[x_1, ..., x_M] -> mu, logvar of q(z|x_1..M): its own trunks, a layer of 512 for each, one
     head ([poe] App. A)."""
 
     def __init__(self, modalities, latent_dim):
@@ -144,8 +155,8 @@ class Joint(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (..., L) -> the likelihood's parameter (..., *shape), float32; all leading axes pass as one
-    batch."""
+    """z (..., L) -> the likelihood's parameter (..., *shape), float32; the leading axes are
+    flattened into one batch."""
 
     def __init__(self, net, shape):
         super().__init__()
@@ -157,8 +168,8 @@ class Decoder(nn.Module):
 
 
 class Map(nn.Module):
-    """(B, height * width * channels) -> (B, channels, height, width), channels last in memory: with
-    that, transposed convolutions take a fifth less time on the CPU."""
+    """(B, height * width * channels) -> (B, channels, height, width), channels last in memory, with
+    which transposed convolutions take a fifth less time on the CPU."""
 
     def __init__(self, channels, height, width):
         super().__init__()
@@ -169,7 +180,7 @@ class Map(nn.Module):
 
 
 class Crop(nn.Module):
-    """The upper left corner of a feature map, for images whose sides are no multiples of 8."""
+    """The upper left corner of a feature map, for images whose sides are not multiples of 8."""
 
     def __init__(self, height, width):
         super().__init__()
@@ -180,8 +191,7 @@ class Crop(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """Words (B, 32) or, for pseudo-samples, their logits (B, 32, V) -> (B, 1, 32, 128), a picture
-    of the caption."""
+    """Words (B, 32) or, for pseudo-samples, their logits (B, 32, V) -> (B, 1, 32, 128)."""
 
     def __init__(self, weight):
         super().__init__()
@@ -206,10 +216,10 @@ class WordLogits(nn.Module):
 
 
 class LogCounts(nn.Module):
-    """log(1 + x), continued to negative numbers, which pseudo-samples may become, as -log(1 - x)."""
+    """log(1 + x); for x < 0, which pseudo-samples may become, -log(1 - x)."""
 
     def forward(self, x):
-        below = x < 0  # abs and clamp have no gradient at 0, where most counts are
+        below = x < 0  # abs and clamp have no gradient at 0, the most frequent count
         return torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
 
 
@@ -230,7 +240,7 @@ class OneHot(nn.Module):
 
 
 def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False, first=nn.Flatten):
-    """sizes: the input's width, then one per layer. first: makes of x what the layers take."""
+    """sizes: the input's width, then one per layer; first: the module that x passes first."""
     layers = [first()]
     for a, b in zip(sizes, sizes[1:]):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
@@ -238,7 +248,7 @@ def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False, first=nn.Flat
 
 
 def mlp_decoder(sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash=False):
-    """sizes: one per layer, the output's width last. squash: a location in (0, 1)."""
+    """sizes: one per layer, the output's width last; squash: a sigmoid, for a location in (0, 1)."""
     layers, a = [], latent_dim
     for b in sizes[:-1]:
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
@@ -321,8 +331,8 @@ def caption_encoder(embedding, latent_dim):
 
 
 def caption_decoder(embedding, latent_dim):
-    """The mirror of caption_encoder, from 512x4x4 to 1x32x128, then the embedding's transpose:
-    32xV."""
+    """The mirror of caption_encoder, from 512x4x4 to 1x32x128, then to 32xV by the transpose of the
+    encoder's embedding."""
     layers = [nn.Linear(latent_dim, 512 * 4 * 4), nn.ReLU(), Map(512, 4, 4)]
     for a, b, *geometry in CAPTION_LAYERS[:0:-1]:
         layers += [nn.ConvTranspose2d(b, a, *geometry, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
@@ -342,53 +352,43 @@ def modalities(
     width=1.0,
     likelihoods=None,
     weights=None,
-    classes=None,
-    standardise=None,
+    arrays=None,
 ):
-    """The modalities of a data set, ready for a model.
+    """The modalities of a data set, from which a model is built.
 
     name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
-    arrays.
-    shapes: {modality: shape}, for npz, and for cub with features of one's own. classes: {modality:
-    how many}, for npz, of those that are a class. standardise: {modality: constants}, for npz:
-    these have a deviation of 1 per feature. vocabulary: words of cub's captions. width: scales the
-    layers of spectra. likelihoods, weights: one per modality, instead of the defaults.
-    Make a list per model: the caption networks of one list share one embedding. ValueError for what
-    does not fit.
+    arrays. shapes: {"image": shape} of cub's features, where they are not 2,048. vocabulary: the
+    number of words in cub's captions. width: factor on the layer sizes of spectra. likelihoods,
+    weights: one per modality, in place of the defaults. arrays: {modality: arguments of
+    user_array}, for npz.
+    Call it once per model: the caption networks of one list share an embedding. ValueError for an
+    unknown name, likelihood or weight.
     """
     if name == "glyphs":
-        found = [flat("grey", (1, 28, 28)), flat("colour", (3, 32, 32))]
+        chosen = [flat("grey", (1, 28, 28)), flat("colour", (3, 32, 32))]
     elif name == "mnist-svhn":
-        found = [flat("mnist", (1, 28, 28)), conv("svhn", (3, 32, 32), (32, 64, 128))]
+        chosen = [flat("mnist", (1, 28, 28)), conv("svhn", (3, 32, 32), (32, 64, 128))]
     elif name in BANDS:
-        found = [band(part, (1, 28 // len(BANDS[name]), 28)) for part in BANDS[name]]
+        chosen = [band(part, (1, 28 // len(BANDS[name]), 28)) for part in BANDS[name]]
     elif name == "cub":
-        found = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
+        chosen = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
     elif name == "spectra":
-        found = [spectra(width), fingerprints()]
+        chosen = [spectra(width), fingerprints()]
     elif name == "npz":
-        kinds = match(likelihoods or [None] * len(shapes), shapes, "likelihoods")
-        found = [
-            own_array(key, tuple(shape), kind, (classes or {}).get(key), key in (standardise or {}))
-            for (key, shape), kind in zip(shapes.items(), kinds)
-        ]
+        chosen = [user_array(key, **array) for key, array in arrays.items()]
     else:
         raise ValueError(f"there are no networks for a data set called {name!r}")
-    names = [m.name for m in found]
-    if likelihoods is not None and name != "npz":
-        found = [
-            with_likelihood(m, kind)
-            for m, kind in zip(found, match(likelihoods, names, "likelihoods"))
-        ]
-    if weights is not None:
-        weights = match(weights, names, "weights")
-        try:
-            found = [m._replace(weight=float(w)) for m, w in zip(found, weights)]
-        except ValueError:
-            raise ValueError(f"likelihood weights must be numbers, not {weights}") from None
-        if min(m.weight for m in found) < 0 or not all(math.isfinite(m.weight) for m in found):
+    for flag, values in (("likelihoods", likelihoods), ("weights", weights)):
+        if values and len(values) != len(chosen):
+            names = ", ".join(m.name for m in chosen)
+            raise ValueError(f"--{flag} needs one for each of {names}, not {len(values)}")
+    if likelihoods:
+        chosen = [with_likelihood(m, likelihood) for m, likelihood in zip(chosen, likelihoods)]
+    if weights:
+        chosen = [m._replace(weight=float(weight)) for m, weight in zip(chosen, weights)]
+        if not all(0 <= m.weight < math.inf for m in chosen):
             raise ValueError(f"likelihood weights must be finite and not negative, not {weights}")
-    return found
+    return chosen
 
 
 def flat(name, shape):
@@ -416,8 +416,8 @@ def band(name, shape):
 
 
 def bird_features(size):
-    """[poe] Table A.6, with 2048 features. Laplace of scale .01, weighted .002: the released code of
-    both papers' baselines."""
+    """[poe] Table A.6, with 2048 features. Laplace with scale .01 and weight .002, as in the released
+    code of both papers' baselines."""
     encoder = partial(mlp_encoder, (size, 1024, 512, 256), activation=nn.ELU)
     decoder = partial(mlp_decoder, (256, 512, 1024, size), (size,), activation=nn.ELU)
     return Modality("image", (size,), encoder, decoder, "laplace", weight=0.002, scale=0.01)
@@ -451,63 +451,38 @@ def fingerprints():
 STANDARD_SCALE = 0.1
 
 
-def own_array(name, shape, kind=None, classes=None, standard=False):
-    """A user's images (C, H, W) get SVHN's networks, other arrays two layers of their width, 64 to
-    512. kind: the likelihood, by default bernoulli for images, categorical for a class, else laplace.
-    classes: how many, for a class; standard: whether the features are standardised."""
-    if kind is not None:
-        known_likelihood(kind)
-    if (kind == "categorical" or not shape) and not (kind in (None, "categorical") and classes):
-        raise ValueError(
-            f"{name} cannot have the likelihood {kind}: categorical is for a class, integers "
-            "(examples,), and a class has no other"
-        )
+def user_array(name, kind, shape, likelihood, classes=None, stats=None):
+    """A user's own array. Images (C, H, W) get SVHN's networks, all others two hidden layers as wide
+    as the array, from 64 to 512.
+
+    kind, likelihood: a key of data.KINDS and one of its likelihoods; classes: how many, for a class;
+    stats: those that standardise the numbers, if any.
+    """
+    shape = tuple(shape)
     if len(shape) == 3:
-        images = conv(name, shape, (32, 64, 128))
-        return images if kind is None else with_likelihood(images, kind)
+        return with_likelihood(conv(name, shape, (32, 64, 128)), likelihood)
     size = classes or math.prod(shape)
     hidden = min(max(size, 64), 512)
     first = nn.Flatten
-    if classes:
-        kind, first = "categorical", partial(OneHot, classes)
-    elif kind == "poisson":
+    if kind == "class":
+        first = partial(OneHot, classes)
+    elif kind == "counts":
         first = LogCounts
     encoder = partial(mlp_encoder, (size, hidden, hidden), first=first)
     decoder = partial(mlp_decoder, (hidden, hidden, size), (classes,) if classes else shape)
-    scale = STANDARD_SCALE if standard else 1.0
-    return Modality(name, shape, encoder, decoder, kind or "laplace", scale=scale)
+    scale = STANDARD_SCALE if stats else 1.0
+    return Modality(name, shape, encoder, decoder, likelihood, scale=scale)
 
 
-def match(values, names, flag):
-    if len(values) != len(names):
-        raise ValueError(
-            f"--{flag} needs {len(names)} values ({', '.join(names)}), not {len(values)}"
-        )
-    return values
-
-
-def known_likelihood(kind):
-    if kind not in LIKELIHOODS:
-        near = difflib.get_close_matches(kind, LIKELIHOODS, 1)
-        meant = f"did you mean {near[0]}?" if near else f"choose among {', '.join(LIKELIHOODS)}"
-        raise ValueError(f"there is no likelihood {kind!r}: {meant}")
-
-
-def with_likelihood(modality, kind):
-    known_likelihood(kind)
-    if kind == "poisson":
-        raise ValueError(
-            f"{modality.name} cannot have the likelihood poisson: it is for counts, whole numbers "
-            "(examples, features) of one's own"
-        )
-    if (kind == "categorical") != (modality.likelihood == "categorical"):
-        raise ValueError(
-            f"{modality.name} cannot have the likelihood {kind}: categorical is for words and "
-            "classes only"
-        )
+def with_likelihood(modality, likelihood):
+    """The modality with another likelihood. ValueError where its networks do not fit that."""
+    if likelihood not in LIKELIHOODS:
+        choices = ", ".join(LIKELIHOODS)
+        raise ValueError(f"the likelihood must be one of {choices}, not {likelihood!r}")
+    fits = (likelihood == "categorical") == (modality.likelihood == "categorical")
+    if not fits or likelihood == "poisson":
+        raise ValueError(f"{modality.name} cannot have the likelihood {likelihood}")
     decoder = modality.decoder
-    if (
-        modality.likelihood == "bernoulli" and kind != "bernoulli"
-    ):  # a location in (0, 1), as in the papers' tables
-        decoder = partial(decoder, squash=True)
-    return modality._replace(likelihood=kind, decoder=decoder)
+    if modality.likelihood == "bernoulli" and likelihood != "bernoulli":
+        decoder = partial(decoder, squash=True)  # a location in (0, 1), as in the papers' tables
+    return modality._replace(likelihood=likelihood, decoder=decoder)

@@ -53,15 +53,15 @@ def product(gaussians):
 
 
 class VAEVAE(nn.Module):
-    """objective: "vaevae", or "svae" with L(x_1) + L(x_2) on whole examples too (VAEVAE*, eq. 19);
+    """objective: "vaevae", or "svae", with L(x_1) + L(x_2) on complete examples (VAEVAE*, eq. 19);
     variant: "b", a network per subset, or "a", the product of the unimodal ones."""
 
-    def __init__(self, modalities, latent_dim, objective="vaevae", variant="b"):
+    def __init__(self, modalities, latent_dim, *, objective="vaevae", variant="b"):
         super().__init__()
         if objective not in ("svae", "vaevae") or variant not in ("a", "b"):
-            raise ValueError("objective is svae or vaevae, variant is a or b")
+            raise ValueError("objective must be svae or vaevae, variant a or b")
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.marginals, self.variant = objective == "svae", variant
+        self.objective_name, self.variant = objective, variant
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q(z|x_m)
         self.joints = nn.ModuleDict()  # q(z|x_i, x_j, ...), the key is the subset
         for size in range(2, len(modalities) + 1) if variant == "b" else ():
@@ -89,7 +89,8 @@ class VAEVAE(nn.Module):
         return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
 
     def bound(self, subset, xs, q):
-        """The term of `subset`: E_q[Σ log p] - Σ KL(q || what q is drawn to). -> (B,), nats"""
+        """The term of `subset`: E_q[Σ log p] minus the KLs to the distributions that q is regularised
+        towards. M = 2, both observed: KL(q12 || q1) + KL(q12 || q2). -> (B,), nats"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(subset) == 1:
             priors = [(self.zero, self.zero)]  # Eq. (20), (21), (31)
@@ -106,24 +107,27 @@ class VAEVAE(nn.Module):
         return total
 
     def objective(self, *xs):
-        """What is maximised for examples of one pattern: the mean over the batch, nats, scalar."""
+        """The objective of examples of one pattern, to be maximised: mean over the batch, nats, scalar."""
         q = self.encode(xs)
         seen = sum(x is not None for x in xs)
-        terms = [s for s in q if self.marginals or len(s) > 1 or seen == 1]
+        terms = list(q)
+        if self.objective_name == "vaevae" and seen > 1:  # no marginal bounds
+            terms = [subset for subset in q if len(subset) > 1]
         return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
 
     def forward(self, streams):
         """The loss of each stream (weight, xs): -weight * objective; in sum eq. (22). -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
-    def refuse_untrained(self, masks):
-        """Without L(x_m) on pairs only a stream of x_m alone draws q(z|x_m) to p(z)."""
+    def check_streams(self, masks):
+        """ValueError where a posterior would not be trained: without L(x_m) on pairs only a stream
+        of x_m alone regularises q(z|x_m) towards p(z)."""
         for k, modality in enumerate(self.modalities):
             alone = any(mask[k] and sum(mask) == 1 for mask in masks)
-            if not self.marginals and not alone:
+            if self.objective_name == "vaevae" and not alone:
                 raise ValueError(
-                    f"the objective vaevae draws q(z|{modality.name}) to p(z) where "
-                    f"{modality.name} is shown alone, and it never is: use svae, or show it"
+                    f"the objective vaevae trains q(z|{modality.name}) on examples that show only "
+                    f"{modality.name}, and there are none: use --objective svae or --unpaired all"
                 )
         names = [m.name for m in self.modalities]
         for size in range(2, len(names) + 1) if self.variant == "b" else ():
@@ -137,206 +141,209 @@ class VAEVAE(nn.Module):
         seen = tuple(m for m, x in enumerate(xs) if x is not None)
         return normal(*self.encode(xs)[seen][0])
 
-    def prior(self):
-        """p(z) = N(0, I), event (L,)."""
+    def prior(self, *xs):
+        """p(z) = N(0, I) for all xs, event (L,)."""
         return normal(self.zero, self.zero)
 
     def decode(self, z):
-        """The mean of each p(x_m|z): M tensors, z.shape[:-1] + x_m's shape."""
+        """The mean of each p(x_m|z): M tensors of shape z.shape[:-1] + x_m's shape."""
         return [nets.mean(m, decode(z)) for m, decode in zip(self.modalities, self.decoders)]
-
-    @torch.no_grad()
-    def log_likelihood(self, *xs, samples=1000, given=None):
-        """log p(observed), or log p(observed|given) with given's posterior as the prior: importance
-        sampling from the posterior of all; without weights. Memory grows with samples x B.
-        -> (B,)"""
-        seen = [m for m, x in enumerate(xs) if x is not None]
-        if given is None:
-            q, p = self.posterior(*xs), self.prior()
-        else:
-            known = [g if x is None else x for x, g in zip(xs, given)]
-            q, p = self.posterior(*known), self.posterior(*given)
-        z = q.sample((samples,))  # (K, B, L)
-        log_p = [nets.log_prob(self.modalities[m], self.decoders[m](z), xs[m]) for m in seen]
-        log_w = sum(log_p) + p.log_prob(z) - q.log_prob(z)
-        return log_w.logsumexp(0) - math.log(samples)
 
 
 MODEL = VAEVAE
 
 
 def options(flag):
-    """The flags of this model: its constructor's keyword arguments."""
-    flag("--objective", default="vaevae", help="vaevae, or svae: of pairs each one's bound, too")
-    flag("--variant", default="b", help="b: a joint encoder network; a: the product of the others")
+    """The flags of this model: the keyword arguments of its constructor, which have the defaults."""
+    flag("--objective", choices=["vaevae", "svae"], help="svae: VAEVAE*, with L(x_m) on pairs")
+    flag("--variant", choices=["b", "a"], help="b: a network per subset; a: a product of encoders")
 
 
-# ----------------------------------------------------------- the loop: one text in all five scripts
+# ----------------------------------------------------- the training loop, identical in five scripts
 
 import argparse
+import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 import data
 
-FREE = set("epochs lr clip device amp compile data out resume options".split())  # free on --resume
-NAMED = "limit epochs batch_size lr clip latent_dim likelihoods weights width sampling standardise"
+# --resume may change these; every other setting is the run's
+FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "data", "out", "resume"}
 
 
-def parser(argv):
-    """-> a parser whose defaults are those of argv's data set, the names of the common flags"""
+def parse_args(argv=None, saved=None):
+    """saved: args.json of a run to resume, whose settings replace the defaults.
+    -> the parser, the arguments"""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="glyphs")
-    chosen = first.parse_known_args(argv)[0].dataset
-    p = data.Parser(__doc__.splitlines()[0], "[--dataset NAME] [--paired F] [options]", data.TERMS)
-    flag, switch, count = p.add_argument, argparse.BooleanOptionalAction, data.at_least(1)
-    flag("--dataset", default="glyphs", help=", ".join(data.DATASETS) + " or a path.npz")
+    dataset = first.parse_known_args(argv)[0].dataset
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [--dataset NAME] [--paired F] [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.suggest_on_error = True  # Python 3.14 and newer
+    flag, switch = p.add_argument, argparse.BooleanOptionalAction
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--dataset", default="glyphs", help=f"{', '.join(data.DATASETS)}, or a path.npz")
     flag("--data", default="./data", help="folder of the data sets")
-    flag("--paired", type=float, default=1.0, help="fraction of examples that show all modalities")
-    flag("--unpaired", default="split", help="what the others show: see below")
-    flag("--sampling", default="natural", choices=data.SAMPLING, help="of a batch, see below")
-    flag("--epochs", type=count, help="passes over the training examples")
-    flag("--batch-size", type=count, help="examples in a step, of all processes")
-    flag("--lr", type=data.positive, help="learning rate of Adam")
-    flag("--clip", type=data.norm, help="largest norm of a step's gradient; 0: any")
-    flag("--latent-dim", type=count, help="dimensions of the latent variable z")
-    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli: see below")
+    flag("--paired", type=float, default=1.0, help="fraction of examples with all modalities")
+    flag("--unpaired", default="split", help="the others show: split, all, rest, none, or a NAME")
+    flag("--sampling", default="natural", choices=data.SAMPLING, help="how a batch mixes streams")
+    flag("--epochs", type=int, help="passes over the training examples")
+    flag("--batch-size", type=int, help="examples per step, over all processes")
+    flag("--lr", type=float, help="learning rate of Adam")
+    flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
+    flag("--latent-dim", type=int, help="dimensions of the latent variable z")
+    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")
     flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
-    flag("--standardise", action=switch, default=True, help="scale a path.npz's floats: see below")
-    flag("--width", type=data.positive, default=1.0, help="of spectra: factor on the layers' sizes")
-    flag("--seed", type=data.at_least(0), default=0, help="of pairs, weights, order and noise")
-    flag("--limit", type=count, help="use the first LIMIT training examples only")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", default=usual, choices=["cuda", "cpu"], help="where to train")
-    flag("--amp", action=switch, default=False, help="networks in bfloat16, faster on a GPU")
-    flag("--compile", action=switch, default=False, help="torch.compile: a slow start, then faster")
-    flag("--out", help="folder of the run, instead of runs/<model>-<dataset>-...")
+    flag("--standardise", action=switch, default=True, help="scale the numbers of a path.npz")
+    flag("--width", type=float, default=1.0, help="factor on the layer sizes of spectra")
+    flag("--seed", type=int, default=0, help="random seed")
+    flag("--limit", type=int, help="train on the first LIMIT examples only")
+    flag("--device", default=cuda, help="a torch device: cuda, cuda:1, mps, cpu")
+    flag("--amp", action=switch, default=False, help="bfloat16 autocast")
+    flag("--compile", action=switch, default=False, help="torch.compile the step")
+    flag("--out", help="folder of the run, by default runs/MODEL-DATASET-...")
     flag("--resume", action="store_true", help="continue the run in its folder")
-    common = set(vars(p.parse_args([])))
     options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
-    p.set_defaults(**DEFAULTS.get(chosen, DEFAULTS["npz"]))
-    return p, common
+    p.set_defaults(**MODEL.__init__.__kwdefaults__)
+    p.set_defaults(**DEFAULTS.get(dataset, DEFAULTS["npz"]))
+    args = p.parse_args(argv)
+    for key in ("epochs", "batch_size", "lr", "latent_dim", "width", "limit"):
+        value = getattr(args, key)
+        if value is not None and not 0 < value < math.inf:
+            p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
+    out = args.out or os.path.join("runs", run_name(p, args))
+    if saved:
+        kept = saved.keys() - {"device", "out", "resume"}
+        p.set_defaults(**{key: saved[key] for key in vars(args).keys() & kept})
+        args = p.parse_args(argv)
+        for key in vars(args).keys() & saved.keys() - FREE:
+            if getattr(args, key) != saved[key]:
+                p.error(f"{out} has --{key.replace('_', '-')} {saved[key]}: --resume keeps it")
+    args.out, args.data = out, os.path.abspath(args.data)
+    if args.dataset.endswith(".npz"):
+        args.dataset = os.path.abspath(args.dataset)
+    return p, args
 
 
-def run_folder(p, args, common):
-    """Named after the model's own options, the data set, the pairing, the seed and what is NAMED
-    and not as usual."""
-    flags = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
-    flags = {k: f"no-{k}" if v is False else f"{k}={v}".replace("_", "-") for k, v in flags.items()}
-    name = [Path(__file__).stem, *(text for k, text in flags.items() if k not in common)]
-    pairs = ["masked"] if data.masked(args.dataset) else [f"paired{args.paired:g}", args.unpaired]
-    name += [Path(args.dataset).stem, *pairs, f"seed{args.seed}"]
-    name += [flags[k] for k in NAMED.split() if k in flags]
-    return Path(args.out or Path("runs", "-".join(name)))
+def run_name(p, args):
+    """<model>-<dataset>-paired<f>-<unpaired>-seed<s> and every setting that is not the default."""
+    parts = [Path(__file__).stem, Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired]
+    parts.append(f"seed{args.seed}")
+    elsewhere = {"dataset", "paired", "unpaired", "seed", "data", "device", "amp", "compile"}
+    for key, value in vars(args).items():
+        if key not in elsewhere | {"out", "resume"} and value != p.get_default(key):
+            flag = key.replace("_", "-")
+            parts.append(f"no-{flag}" if value is False else f"{flag}={value}")
+    return "-".join(parts)
 
 
-def build(p, args, common, world, saved):
-    """-> dataset, streams, model, args.json. ValueError for what a user got wrong."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("this PyTorch finds no CUDA device: use --device cpu")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if args.device == "cuda" and here > gpus:
-        raise ValueError(f"{here} processes, but {gpus} CUDA devices: start {gpus} processes")
-    if args.batch_size < world:
-        raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes")
-    given = {k: getattr(args, k).split(",") for k in ("likelihoods", "weights") if getattr(args, k)}
-    known = saved.get("spec", {})  # a run goes on as it began, on any machine
-    kinds = known.get("likelihoods", given.get("likelihoods"))
-    constants = known.get("standardise") if args.standardise else {}
-    dataset = data.load(args.dataset, args.data, args.limit, kinds, constants)
-    asked = args.paired, args.unpaired
-    if dataset.mask is not None and asked != (p.get_default("paired"), p.get_default("unpaired")):
-        raise ValueError(f"{args.dataset} has a train_mask: leave out --paired and --unpaired")
-    fixed = args.seed, dataset.mask, dataset.groups
-    streams = data.pairing(len(dataset.train), dataset.names, *asked, *fixed)
-    spec = dataset.spec | {"width": args.width} | given
-    own = {key: value for key, value in vars(args).items() if key not in common}
+def build(args, saved):
+    """saved: args.json of a run to resume, or {}. -> dataset, streams, model, the new args.json;
+    ValueError for a mistake of the user"""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):  # torch was built without it, or it is not there
+        raise ValueError(f"--device {args.device} is not available here") from None
+
+    # data
+    stats = None if args.standardise else {}
+    if saved:  # those the run began with: on another machine the last digit may differ
+        arrays = saved["spec"].get("arrays", {})
+        stats = {name: array.get("stats", {}) for name, array in arrays.items()}
+    likelihoods = args.likelihoods and args.likelihoods.split(",")
+    dataset = data.load(args.dataset, args.data, args.limit, likelihoods, stats)
+    streams = data.pairing(
+        len(dataset.train),
+        dataset.names,
+        args.paired,
+        args.unpaired,
+        seed=args.seed,
+        mask=dataset.mask,
+        groups=dataset.groups,
+    )
+
+    # model
+    spec = dataset.spec | {"width": args.width}
+    if args.weights:
+        spec["weights"] = args.weights.split(",")
+    own = {key: getattr(args, key) for key in MODEL.__init__.__kwdefaults__}
     torch.manual_seed(args.seed)
     model = MODEL(nets.modalities(**spec), args.latent_dim, **own)
-    data.refuse_values(dataset, model.modalities)
-    if hasattr(model, "refuse_untrained"):
-        model.refuse_untrained([shown for shown, _ in streams])
-    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__}
-    record |= data.absolute(vars(args)) | {"options": own, "spec": spec, "note": dataset.note}
-    return dataset, streams, model, record | {"examples": len(dataset.train)}
+    if hasattr(model, "check_streams"):
+        model.check_streams([mask for mask, _ in streams])
+
+    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__} | vars(args)
+    record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
+    for key in ("model", "spec", "note", "examples"):
+        if saved.get(key, record[key]) != record[key]:
+            raise ValueError(f"{args.dataset} does not hold the data that {args.out} began with")
+    return dataset, streams, model, record
 
 
-def start(args, model, split, streams, state, world):
-    """Model and optimizer on the device, as new or as in state. -> net, optimizer"""
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    net = model.to(args.device)
+def main(argv=None):
+    p, args = parse_args(argv)
+    run, saved, state = Path(args.out), {}, {"epoch": 0, "log": []}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:  # a mistake of the user is one sentence and exit code 2, before anything is written
+        if args.resume:
+            saved, state = data.read_run(run)
+            p, args = parse_args(argv, saved)
+        elif rank == 0 and (run / "checkpoint.pt").exists():
+            raise ValueError(f"{run} holds a run: add --resume, or name another folder with --out")
+        dataset, streams, model, record = build(args, saved)
+        run.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+
+    # distributed
+    device = torch.device(args.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # optimizer
+    train, net = dataset.train.to(device), model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    if "model" in state:
-        try:
-            model.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-        except Exception as error:  # of other sizes or another model
-            raise ValueError(f"checkpoint.pt does not fit: {data.one_line(error)}") from None
+    if saved:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
-    elif hasattr(model, "start_pseudo"):
-        model.start_pseudo(data.observed(split, streams, len(model.pseudo[0])))
+    elif hasattr(model, "init_pseudo_samples"):
+        model.init_pseudo_samples(data.observed(train, streams, model.pseudo_samples))
     if world > 1:  # a stream of one modality leaves the other decoders unused
         net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-    return torch.compile(net) if args.compile else net, optimizer
+    if args.compile:
+        net = torch.compile(net)
+    if rank == 0:
+        save(run, record, model, optimizer, state["epoch"], state["log"])
+        size = sum(w.numel() for w in model.parameters())
+        print(f"{run}  {size:,} weights  {len(train):,} examples  {dataset.note}", flush=True)
 
-
-def save(run, model, optimizer, state):
-    """checkpoint.pt: tensors and numbers only; log.csv: its own log, a row per epoch."""
-    state = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    data.write_checkpoint(run / "checkpoint.pt", state)
-    data.write_csv(run / "log.csv", state["log"])
-
-
-@torch.no_grad()
-def nats(model, xs):
-    """log p(x_m|z), unweighted, at one z ~ q(z|observed), mean over the batch. -> M numbers.
-    FloatingPointError when the weights, or the objective of 16 examples, are not finite."""
-    model.eval()
-    few = [None if x is None else x[:16] for x in xs]
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    if not finite or not model([(1.0, few)]).isfinite():
-        raise FloatingPointError("the objective is not finite after its last step")
-    z, found = model.posterior(*xs).sample(), []
-    for m, decode, x in zip(model.modalities, model.decoders, xs):
-        found.append(math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item())
-    model.train()
-    return found
-
-
-def add(total, losses, step, names):
-    """total + the losses of the last steps, up to `step`. FloatingPointError: not finite."""
-    for at, (values, masks) in enumerate(losses, step + 1 - len(losses)):
-        for value, shown in zip(values.tolist(), masks):
-            total += value
-            if not math.isfinite(value):
-                what = "+".join(name for name, seen in zip(names, shown) if seen)
-                raise FloatingPointError(f"the loss of {what} is {value} in step {at}")
-    return total
-
-
-def train(args, run, model, net, optimizer, dataset, streams, state, rank, world):
-    """The epochs that are left. state: how many are done, and their log; kept up to date."""
-    split, names = dataset.train.to(args.device), dataset.names
-    sizes, steps = data.shares(streams, args.batch_size, args.sampling)
-    shown, index = streams[0]
-    sample = data.show(split, shown, index[:256].to(args.device))  # for the nats of each epoch
-    done, since = state["epoch"], time.perf_counter()
-    for epoch in range(done + 1, args.epochs + 1):
+    # train
+    sizes, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
+    mask, index = streams[0]
+    sample = data.select(train, mask, index[:256].to(device))  # for log p(x|z) in log.csv
+    first, log, started = state["epoch"] + 1, state["log"], time.perf_counter()
+    for epoch in range(first, args.epochs + 1):
         seed = 1_000_003 * args.seed + epoch
-        torch.manual_seed(4_099 * seed + rank)  # the noise
-        order = torch.Generator().manual_seed(seed)  # the batches, the same on every rank
+        torch.manual_seed(4_099 * seed + rank)  # noise: different on every rank
+        order = torch.Generator().manual_seed(seed)  # batches: the same on every rank
         if hasattr(model, "start_epoch"):
             model.start_epoch(epoch)
-        how = args.batch_size, args.sampling, order, rank, world
-        losses, total, began, tick = [], 0.0, time.perf_counter(), 0.0
-        for step, batch in enumerate(data.batches(split, streams, *how), 1):
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        losses, total, epoch_started, tick = [], 0.0, time.perf_counter(), 0.0
+        batches = data.batches(train, streams, args.batch_size, args.sampling, order, rank, world)
+        for step, batch in enumerate(batches, 1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = net(batch)  # (S,)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
@@ -344,67 +351,93 @@ def train(args, run, model, net, optimizer, dataset, streams, state, rank, world
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
 
-            losses.append((loss.detach(), [[x is not None for x in xs] for _, xs in batch]))
+            losses.append(loss.detach())
             now = time.perf_counter()
-            if now > tick + 1 or step == steps:  # read the losses: the only synchronisation
-                total, losses, tick = add(total, losses, step, names), [], now
+            if now > tick + 1 or step == steps:  # reads the losses: the only synchronisation
+                for at, values in enumerate(losses, step + 1 - len(losses)):
+                    for value in values.tolist():
+                        total += value
+                    check_finite(total, run, epoch, at)
+                losses, tick = [], now
                 if rank == 0 and sys.stdout.isatty():
-                    left = (now - began) / step * (steps - step)
+                    left = (now - epoch_started) / step * (steps - step)
                     print(f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" ")
         if world > 1:  # the mean over ranks is the objective of the union of their batches
-            total = torch.tensor(total, device=args.device)
+            total = torch.tensor(total, device=device)
             torch.distributed.all_reduce(total)
             total = total.item() / world
         if rank == 0:
-            seconds = time.perf_counter() - began
-            row = {"objective": -total / steps}
-            row |= {f"nats_{n}": value for n, value in zip(names, nats(model, sample))}
-            pace = {"examples_per_second": sum(sizes) * steps / seconds, "seconds": seconds}
-            state["log"].append({"epoch": epoch, **row, **pace})
-            save(run, model, optimizer, state | {"epoch": epoch})
-            text = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
-            minutes = (time.perf_counter() - since) / (epoch - done) * (args.epochs - epoch) / 60
-            text += f"  {pace['examples_per_second']:.0f} examples/s  {minutes:.1f} minutes left"
-            print(f"\repoch {epoch} of {args.epochs}  {text}", flush=True)
-        state["epoch"] = epoch
+            now = time.perf_counter()
+            objective, log_px = log_px_z(model, sample)
+            check_finite(objective, run, epoch, steps)  # also after the last step
+            row = {"objective": -total / steps} | log_px
+            pace = sum(sizes) * steps / (now - epoch_started)
+            seconds = {"examples_per_second": pace, "seconds": now - epoch_started}
+            log.append({"epoch": epoch} | row | seconds)
+            save(run, record, model, optimizer, epoch, log)
+            minutes = (now - started) / (epoch - first + 1) * (args.epochs - epoch) / 60
+            numbers = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
+            line = f"{numbers}  {pace:.0f} examples/s  {minutes:.1f} minutes left"
+            print(f"\repoch {epoch} of {args.epochs}  {line}", flush=True)
+    if rank == 0:
+        save_examples(model, dataset, run / "examples.png")
+        print(f"python eval.py {run}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
-def main(argv=None):
-    p, common = parser(argv)
-    args = p.parse_args(argv)
-    run, saved, state = run_folder(p, args, common), {}, {"epoch": 0, "log": []}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with data.ending(p, run, args, state):  # whatever stops it is said in a sentence
-        try:  # what a user got wrong, before anything is written
-            if args.resume:
-                saved, before = data.read_run(run)
-                state.update(before)
-                kept = vars(args).keys() & saved.keys() - {"device", "out"}
-                p.set_defaults(**{key: saved[key] for key in kept})
-                vars(args).update(vars(p.parse_args(argv)))
-            elif rank == 0 and os.path.exists(run / "checkpoint.pt"):  # False where no file can be
-                raise ValueError(f"{run} holds a run: add --resume, or name another with --out")
-            dataset, streams, model, record = build(p, args, common, world, saved)
-            data.refuse_changes(run, saved, record, FREE)
-            if state["epoch"] > args.epochs:
-                raise ValueError(f"{run} has {state['epoch']} epochs, more than --epochs")
-            net, optimizer = start(args, model, dataset.train, streams, state, world)
-        except (ValueError, OSError) as error:
-            p.error(data.sentence(error))
-        if rank == 0:
-            data.start_run(run, record)
-            save(run, model, optimizer, state)
-            size = f"{sum(w.numel() for w in model.parameters()):,} weights"
-            print(run, size, f"{len(dataset.train):,} examples", dataset.note, sep="  ", flush=True)
-            if state["epoch"] == args.epochs:
-                print(f"nothing is left to do: it has its {args.epochs} epochs")
-        train(args, run, model, net, optimizer, dataset, streams, state, rank, world)
-        if world > 1:
-            torch.distributed.destroy_process_group()
-        if rank == 0:
-            drawn = data.picture(model, dataset, run / "examples.png")
-            print(*drawn, data.command("eval.py", run), sep="\n")
+def save(run, record, model, optimizer, epoch, log):
+    """args.json; checkpoint.pt, tensors and numbers only, which torch.load reads with
+    weights_only=True; log.csv, a row per epoch."""
+    text = json.dumps(record, indent=1).encode()
+    data.atomic_write(run / "args.json", lambda file: file.write(text))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"epoch": epoch, "log": log}
+    data.atomic_write(run / "checkpoint.pt", lambda file: torch.save(state, file))
+    data.write_csv(run / "log.csv", log)
+
+
+def check_finite(loss, run, epoch, step):
+    """Stop the run, whose last checkpoint is kept, where a loss is not finite."""
+    if not math.isfinite(loss):
+        print(f"\n{run}: the loss is {loss} in epoch {epoch}, step {step}", file=sys.stderr)
+        print(f"go on with --out {run} --resume and a lower --lr, or a --clip", file=sys.stderr)
+        sys.exit(2)
+
+
+@torch.no_grad()
+def log_px_z(model, xs):
+    """The objective of some examples, and the mean log p(x_m|z) of each modality, unweighted, at
+    one z ~ q(z|xs), in nats. -> objective, {"log_p_NAME": number}; NaN for a missing modality"""
+    model.eval()
+    objective = model.objective(*xs).item()
+    z, log_px = model.posterior(*xs).sample(), {}
+    for m, decode, x in zip(model.modalities, model.decoders, xs):
+        log_p = math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item()
+        log_px[f"log_p_{m.name}"] = log_p
+    model.train()
+    return objective, log_px
+
+
+@torch.no_grad()
+def save_examples(model, dataset, path, n=10):
+    """A PNG with a column for each of n test examples, one per label where there are as few labels.
+    Rows: the images of each modality and what one z of that modality alone generates."""
+    model.eval()
+    test, names = dataset.test, dataset.names
+    index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
+    if test.labels is not None and len(labels := test.labels.unique()) <= n:
+        index = torch.stack([(test.labels == label).nonzero()[0, 0] for label in labels])
+    device, rows = next(model.parameters()).device, {}
+    xs = [x.to(device) for x in test[index]]
+    for m, x in enumerate(xs):
+        alone = [x if k == m else None for k in range(len(xs))]
+        means = model.decode(model.posterior(*alone).sample())
+        rows[names[m]] = x
+        rows |= {f"{names[m]} -> {name}": mean for name, mean in zip(names, means)}
+    rows = {name: x for name, x in rows.items() if data.is_image(x)}
+    if rows and data.save_grid(list(rows.values())[:12], path):
+        print(f"{path} has rows of test examples: {', '.join(list(rows)[:12])}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,36 @@
-"""One file per data set: how it is read, what judges it, what the papers report for it.
+"""One file per data set: how it is read and evaluated, and what the papers report for it.
 
-To add one, write a file here and its line in data.DATASETS. The file has to have
+To add a data set, write benchmarks/FILE.py and add "NAME": "FILE" to data.DATASETS. The file must
+define
 
-    load(name, root)     -> data.Dataset: two splits; ValueError, in a sentence, for bad files
+    load(name, root) -> data.Dataset
+        The training and the test split, from files below the folder `root`. ValueError, with one
+        sentence, for files that cannot be read. Dataset.spec holds the arguments of
+        nets.modalities, which chooses the networks; Dataset.note is printed beside results.
 
-and may have, each used where it is found,
+With that alone, eval.py evaluates it as it evaluates a user's own arrays (npz.py): how well each
+modality is regenerated from the others. The file may define more, which eval.py then uses:
 
-    flags(flag)          flags of `python data.py NAME`
-    prepare(root, args)  what that command does before it loads: makes files from downloads
-    views(dataset)       oracles of digits judge it, each one of these: {name: function of the M
-                         modalities -> images, H, W >= 24}, labels being 0 to 9; a single one puts
-                         together what are parts of it; with ORACLE_STEPS, {name: steps of training}
-    evaluate(model, dataset, root, seed)
-                         metrics of its own in place of all others, as they stand in metrics.json;
-                         the model is in eval mode, the generator seeded
-    correlated(model, dataset, root)
-                         or arrays between which eval.py measures correlations instead: training
-                         pairs (x, y), to fit a CCA to, and {name: (x, y)}
-    notes(results)       lines below its table; results: what metrics.json holds, of several runs
-    draw(run, dataset, root, path)
-                         its own figure of an eval.Run, beside those that fit any data; with
-                         `evaluate` instead of them
-    compare(results, folder)
-                         its own figure of several runs, if there is one
-    PAPER                what the papers report: rows (name, model, unpaired, column of the table,
-                         numbers at f = 1, 1/2, 1/4, 1/8, 1/16 in one string)
+    flags(flag)                     adds flags to `python data.py NAME`: flag("--weights", ...)
+    prepare(root, args)             what that command does before load, such as extracting features
+    views(dataset)                  images of digits (labels 0 to 9) that oracles judge:
+                                    {view: function of the list of M modalities -> (B, C, H, W)}, a
+                                    view per modality, or a single one that puts parts together
+    ORACLE_STEPS                    {view: training steps of its oracle}, needed beside `views`
+    correlated(model, dataset, root) -> fit, pairs
+                                    arrays for a CCA in place of oracles: fit = (x, y), training
+                                    pairs; pairs = {name: (x, y)}, whose correlation is measured
+    evaluate(model, dataset, root, seed) -> dict
+                                    metrics that replace all others in metrics.json; the model is in
+                                    eval mode
+    notes(results) -> list          lines below the table; results: the contents of metrics.json of
+                                    several runs
+    draw(run, dataset, root, path)  a figure of a run (an eval.Run), saved to `path`
+    compare(results, folder)        a figure of several runs, saved into `folder`
+    PAPER                           the papers' numbers: rows (name, model, --unpaired, column of
+                                    the table, values at f = 1, 1/2, 1/4, 1/8, 1/16, one string)
 
-Data with neither views nor evaluate nor correlated, and a user's own arrays, are judged and drawn as
-npz.py has it; what fills in new examples for any run stands there too.
-
-A file here imports data.py and nets.py, never eval.py or a model. oracles.py (classifiers of
-digits), drawing.py (all of matplotlib) and tables.py (metrics as text) serve all of them.
+Files here import data, nets and each other, never eval or a model. Shared by all: oracles.py
+(classifiers that judge images), npz.py (a user's own arrays), tables.py (results as Markdown),
+figures.py (what a figure shows), drawing.py (arrays in, image files out).
 """

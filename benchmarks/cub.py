@@ -1,17 +1,22 @@
-"""cub: photos of birds, as features of a network that has seen ImageNet, and their captions.
+"""cub: features of bird photos and their captions.
 
-`python data.py cub` finds or downloads the photos and writes their features to cub/features.npz;
-with --features, those of a file, of any network and any width.
-Captions come from Shi et al.'s text_*.txt or from Reed et al.'s text_c10/. What is generated is
-judged by how a photo's features and a sentence's word vectors correlate, [meme] App. G.
+`python data.py cub` downloads the photos if they are not there and writes their features, of a
+ResNet-101 trained on ImageNet or your own (--features), to cub/features.npz. Photos and captions
+are read in two layouts, Shi et al.'s (train/, test/, text_trainvalclasses.txt,
+text_testclasses.txt) and that of the original archives (CUB_200_2011/; text_c10/ and lists of
+classes by Reed et al.).
+Generated pairs are judged by the correlation of photo features and sentence vectors, [meme] App. G.
 
-Shapes: N captions, V words, D of a word vector, G n-grams.
+Shapes: N captions, V words, D dimensions of a word vector, G n-grams.
 """
 
 import hashlib
 import math
 import os
 import re
+import sys
+import tarfile
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -22,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import models, transforms
+from torchvision.datasets.utils import calculate_md5, download_url
 
 import data
 from benchmarks import drawing
@@ -32,42 +38,34 @@ CUB_CAPTIONS = (
     "https://drive.google.com/file/d/0B0ywwgffWnLLZW9uVHNjb2JmNlE/view"
     "?resourcekey=0-8y2UVmBHAlG26HafWYNoFQ"
 )
-CLASSES = {  # the zero-shot split of Reed et al. (2016): no species is in both
-    "train": (("trainvalclasses.txt",), ("trainclasses.txt", "valclasses.txt")),
-    "test": (("testclasses.txt",),),
-}
-OWN = (
-    "from "  # how the origin of one's own features begins, where torchvision's weights would stand
-)
-SPECIALS = ("<exc>", "<pad>", "<eos>")  # a word outside the vocabulary, padding, the end
+OWN = "from "  # the `weights` of a user's own features begin with this
+SPECIALS = ("<exc>", "<pad>", "<eos>")  # a word outside the vocabulary, padding, end of sentence
 EXC, PAD, EOS = range(3)
-WORDS = 32  # a caption's length, <eos> included
+WORDS = 32  # the length of a caption, <eos> included
 
 
 def load(name, root):
-    """CUB's features (2048,), or as many as one's own have, and captions (32,), ten per photo; makes
-    cub/features.npz first where it is missing.
+    """Photo features (2048,), or as many as a user's own have, and captions (32,), ten per photo.
 
-    A photo's ten examples share one row of the features. The vocabulary is that of the training
-    captions.
+    The ten examples of a photo share one row of the features. The vocabulary comes from the
+    training captions. Features are extracted first if cub/features.npz is not there.
     """
-    cub, made = Path(root) / "cub", data.prepared(root, "cub", "features.npz")
-    need_captions(cub)
-    if not made.exists():  # as it will be on the first run
-        prepare_cub(root)
-    cache = read_features(made)
+    cub, path = Path(root) / "cub", data.prepared(root, "cub", "features.npz")
+    unpack_captions(cub)
+    cache = read_features(path) if path.exists() else prepare_cub(root)
     files, readable, n = cache["files"].tolist(), cache["readable"], int(cache["train"])
-    tokens = {}  # of the photos that could be read
-    for split, part in (("train", slice(n)), ("test", slice(n, None))):
-        photos = zip(read_captions(cub, split, files[part]), readable[part])
-        tokens[split] = [tokenize(line) for ten, ok in photos if ok for line in ten]
-    words = vocabulary(tokens["train"])
-    bases = np.split(cache["x"], [len(tokens["train"]) // 10])
+    features = dict(zip(("train", "test"), np.split(cache["x"], [readable[:n].sum()])))
+    captions = {}
+    for part, photos in (("train", slice(n)), ("test", slice(n, None))):
+        lists = read_captions(cub, part, files[photos])
+        lists = [ten for ten, ok in zip(lists, readable[photos]) if ok]
+        captions[part] = [tokenize(line) for ten in lists for line in ten]
+    words = vocabulary(captions["train"])
     splits = {}
-    for (split, captions), x in zip(tokens.items(), bases):
-        index = torch.arange(len(captions))
-        found = [torch.from_numpy(x), encode_captions(captions, words)]
-        splits[split] = data.Split(found, [index // 10, index])
+    for part in ("train", "test"):
+        index = torch.arange(len(captions[part]))
+        bases = [torch.from_numpy(features[part]), encode_captions(captions[part], words)]
+        splits[part] = data.Split(bases, rows=[index // 10, index])
     notes, width = [], cache["x"].shape[1]
     spec = {"name": "cub", "vocabulary": len(words)}
     if str(cache["weights"]).startswith(OWN):
@@ -83,7 +81,8 @@ def load(name, root):
         notes.append(f"unreadable photos left out: {(~readable).sum()}")
     return data.Dataset(
         name=name,
-        **splits,
+        train=splits["train"],
+        test=splits["test"],
         spec=spec,
         names=("image", "caption"),
         words=words,
@@ -92,99 +91,89 @@ def load(name, root):
 
 
 def flags(flag):
-    flag("--weights", default="IMAGENET1K_V1", help="of the ResNet-101 for features; none: random")
-    flag("--no-normalise", action="store_true", help="do not normalise photos as ImageNet's were")
-    flag("--features", help="your own in its place: .npz with x (photos, D), also files")
+    flag("--weights", default="IMAGENET1K_V1", help="weights of ResNet-101; none: random ones")
+    flag("--no-normalise", action="store_true", help="skip ImageNet's normalisation of photos")
+    flag("--features", help="an .npz with your own features x (photos, D) and, optionally, files")
 
 
 def prepare(root, args):
-    weights, own = args.weights, args.features
-    if own is not None:
-        data.read_npz(own, ("x",))
-        weights = f"{OWN}{Path(own).name} (MD5 {data.md5(own)[:8]})"
-    found = prepare_cub(root, weights, not args.no_normalise, features=own)
-    for name in found["unreadable"]:
-        print(f"unreadable, left out: {name}")
+    weights = args.weights
+    if args.features is not None:
+        digest = calculate_md5(args.features)[:8]
+        weights = f"{OWN}{Path(args.features).name} (MD5 {digest})"
+    cache = prepare_cub(root, weights, not args.no_normalise, features=args.features)
+    for file in cache["files"][~cache["readable"]]:
+        print(f"unreadable photo, left out with its captions: {file}")
 
 
 def prepare_cub(root, weights="IMAGENET1K_V1", normalise=True, device=None, features=None):
-    """Finds or downloads the photos and writes their features to cub/features.npz; resumes where it
-    was interrupted.
+    """Write cub/features.npz: extract the features of all photos, or copy a user's own; an
+    interrupted extraction is resumed.
 
-    weights: a name of torchvision's ResNet101_Weights, or none for a randomly initialised network;
-    features: a file that own_features reads, in place of a network, weights being its name.
-    -> dict of sizes. ValueError, in a sentence: no captions, not ten captions per photo, no
-    weights, a folder that cannot be written to, a cache made with other settings.
+    weights: a name of torchvision's ResNet101_Weights, or none for random weights; with `features`,
+    the path of a user's .npz, the name of these. -> what read_features returns
+    ValueError for missing captions or photos, a photo without ten captions, weights that cannot be
+    downloaded, a features.npz that was made with other settings or from other photos.
     """
-    cub, made = Path(root) / "cub", data.prepared(root, "cub", "features.npz")
-    need_captions(cub)  # first of all: they are what cannot be had without the user
-    cache = read_features(made) if made.exists() else None
-    if cache:
-        need_same(cache, weights, normalise, made)
-    else:
-        net = resnet(weights) if features is None else None
-        fetch_photos(cub)
-    train, test = list_photos(cub, "train"), list_photos(cub, "test")
-    for split, files in (("train", train), ("test", test)):
-        read_captions(cub, split, files)  # ten for each, before hours of work
-    if cache:
-        if cache["files"].tolist() != train + test:
+    cub, path = Path(root) / "cub", data.prepared(root, "cub", "features.npz")
+    unpack_captions(cub)  # first, since only the user can download them
+    if path.exists():
+        cache = read_features(path)
+        settings = str(cache["weights"]), bool(cache["normalise"])
+        files = list_photos(cub, "train") + list_photos(cub, "test")
+        if settings != (weights, normalise):
             raise ValueError(
-                f"{made} has features of other photos ({len(cache['files'])}) than {cub} holds now"
-                f" ({len(train + test)}): delete it to have it made again"
+                f"{path} was made with (weights, normalise) = {settings}, not"
+                f" {(weights, normalise)}: delete it to make it again"
             )
+        if cache["files"].tolist() != files:
+            raise ValueError(
+                f"{path} holds features of {len(cache['files'])} photos, which must be the"
+                f" {len(files)} in {cub}: delete it to make it again"
+            )
+        return cache
+    net = resnet(weights) if features is None else None
+    download_photos(cub)
+    train, test = list_photos(cub, "train"), list_photos(cub, "test")
+    read_captions(cub, "train", train)  # ten per photo? Better known before hours of extraction
+    read_captions(cub, "test", test)
+    if features is None:
+        cache = extract(cub, path, train + test, len(train), net, weights, normalise, device)
     else:
-        if features is None:
-            cache = extract(cub, made, train + test, len(train), net, weights, normalise, device)
-        else:
-            x = own_features(features, train + test, len(train))
-            cache = {"weights": weights, "normalise": normalise, "x": x, "train": len(train)}
-            cache |= {"files": np.array(train + test), "readable": np.ones(len(x), bool)}
-        data.save_npz(made, **cache)
-        made.with_name("features.partial.npz").unlink(missing_ok=True)
-    dataset = load("cub", root)
-    return {
-        "weights": str(cache["weights"]),
-        "photos": {"train": len(dataset.train.bases[0]), "test": len(dataset.test.bases[0])},
-        "captions": {"train": len(dataset.train), "test": len(dataset.test)},
-        "vocabulary": len(dataset.words),
-        "unreadable": [f for f, ok in zip(cache["files"].tolist(), cache["readable"]) if not ok],
-    }
-
-
-def need_same(cache, weights, normalise, path):
-    asked = ((str(cache["weights"]), cache["normalise"]), (weights, normalise))
-    has, want = (f"weights {name}, {'' if yes else 'not '}normalised" for name, yes in asked)
-    if has != want:
-        raise ValueError(
-            f"{path} was made with {has}, and {want} is asked for: delete it to have it made"
-            " again, or ask for what it has"
-        )
+        cache = {
+            "weights": weights,
+            "normalise": normalise,
+            "files": np.array(train + test),
+            "train": len(train),
+            "readable": np.ones(len(train + test), bool),
+            "x": own_features(features, train + test, len(train)),
+        }
+    data.save_npz(path, **cache)
+    path.with_name("features.partial.npz").unlink(missing_ok=True)
+    return cache
 
 
 def cub_photos(root):
-    """The files of the photos, one for each row of a split's features.
+    """The paths of the photos, one for each row of a split's features.
     -> {"train": [...], "test": [...]}"""
     cub = Path(root) / "cub"
     cache = read_features(data.prepared(root, "cub", "features.npz"))
-    files, n = cache["files"].tolist(), int(cache["train"])
-    good = [cub / file if ok else None for file, ok in zip(files, cache["readable"])]
-    return {"train": [f for f in good[:n] if f], "test": [f for f in good[n:] if f]}
+    n, paths = int(cache["train"]), [cub / file for file in cache["files"][cache["readable"]]]
+    cut = cache["readable"][:n].sum()
+    return {"train": paths[:cut], "test": paths[cut:]}
 
 
-# Captions: Shi et al.'s text_*.txt, ten lines per photo in sorted file order, or Reed et al.'s
-# text_c10/, a file each.
+# ----------------------------------------------------------------------------------------- captions
 
 
 def tokenize(text):
-    """Lower-case words, hyphens kept ("red-eyed"), clitics apart ("bird", "'s"); every punctuation
-    mark is a token."""
+    """Lower-case words, punctuation marks and clitics ("bird", "'s"); hyphens stay ("red-eyed")."""
     return re.findall(r"\w+(?:-\w+)*|'\w+|[^\w\s]", text.lower())
 
 
 def vocabulary(captions, above=3):
-    """<exc>, <pad>, <eos>, then the words seen more than `above` times, as they first appear.
-    -> list"""
+    """<exc>, <pad>, <eos>, then the words that occur more than `above` times, in order of first
+    appearance. -> list"""
     counts = Counter(word for tokens in captions for word in tokens)
     return [*SPECIALS, *(word for word, n in counts.items() if n > above)]
 
@@ -200,144 +189,159 @@ def encode_captions(captions, words):
     return torch.tensor(rows).view(-1, WORDS)
 
 
-def read_captions(cub, split, files):
-    """The ten captions of each photo. files: the photos' names in sorted order.
-    -> list of lists of 10 strings"""
-    whole = cub / ("text_trainvalclasses.txt" if split == "train" else "text_testclasses.txt")
-    if not files or not files[0].startswith("CUB_200_2011"):
-        lines = read_lines(whole)
+def shi_layout(cub):
+    return (cub / "text_trainvalclasses.txt").exists()
+
+
+def read_captions(cub, part, files):
+    """The ten captions of each photo. files: the sorted names of the photos of a split ("train" or
+    "test"). -> list of lists of 10 strings"""
+    if shi_layout(cub):  # one file, in the order of the photos
+        path = cub / ("text_trainvalclasses.txt" if part == "train" else "text_testclasses.txt")
+        lines = read_lines(path)
         if len(lines) != 10 * len(files):
             raise ValueError(
-                f"{whole} has {len(lines)} captions for {len(files)} photos:"
-                f" expected ten per photo, {10 * len(files)} lines"
+                f"{path} must have ten captions per photo, {10 * len(files)} lines for"
+                f" {len(files)} photos, not {len(lines)}"
             )
         return [lines[i : i + 10] for i in range(0, len(lines), 10)]
-    captions, folder = [], text_folder(cub)
-    if folder is None:
-        raise ValueError(f"{cub / 'features.npz'} goes with captions in text_c10/, which is gone")
+    captions, folder = [], text_folder(cub) / "text_c10"
     for name in files:
-        path = folder / "text_c10" / Path(name).parent.name / f"{Path(name).stem}.txt"
+        path = folder / Path(name).parent.name / f"{Path(name).stem}.txt"
         captions.append(read_lines(path))
         if len(captions[-1]) != 10:
-            raise ValueError(f"{path} has {len(captions[-1])} captions: expected ten per photo")
+            raise ValueError(f"{path} must have ten captions, not {len(captions[-1])}")
     return captions
 
 
 def read_lines(path):
-    """Lines end in a newline and in nothing else: captions hold stray control characters."""
+    """Lines end with a newline only: captions contain other control characters."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace").rstrip()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: it should hold captions, ten per photo") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return [line.strip() for line in text.split("\n")] if text else []
 
 
 def text_folder(cub):
-    """Where Reed et al.'s text_c10/ and class lists lie: cub/ or, as their archive unpacks,
-    cub/cvpr2016_cub/."""
-    return next((f for f in (cub, cub / "cvpr2016_cub") if (f / "text_c10").is_dir()), None)
+    """The folder of text_c10/ and the lists of classes: cub/, or cub/cvpr2016_cub/, which their
+    archive unpacks to; None if neither has them."""
+    for folder in (cub, cub / "cvpr2016_cub"):
+        if (folder / "text_c10").is_dir():
+            return folder
+    return None
 
 
-def need_captions(cub):
-    """Unpacks them where it must."""
-    if (cub / "text_trainvalclasses.txt").exists() or text_folder(cub):
+def unpack_captions(cub):
+    if shi_layout(cub) or text_folder(cub):
         return
     archive = cub / "cvpr2016_cub.tar.gz"
     if not archive.exists():
         raise ValueError(
-            f"{cub} has no captions, and only a person can fetch them, from Google Drive:"
-            f" put cvpr2016_cub.tar.gz ({CUB_CAPTIONS}) into {cub} and start again"
+            f"{cub} has no captions. They must be downloaded by hand, from Google Drive:"
+            f" put cvpr2016_cub.tar.gz ({CUB_CAPTIONS}) into {cub}"
         )
-    data.unpack(archive, cub / "cvpr2016_cub", "text_c10", ".txt")
+    unpack(archive, ".txt")
 
 
-# Photos
+def unpack(archive, suffix):
+    """Extract the files with this suffix from an archive, whose one folder is named like it
+    (NAME.tgz: NAME/). The folder appears beside the archive when it is complete."""
+    name = archive.name.partition(".")[0]
+    print(f"unpacking {archive} ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=archive.parent) as part:
+        try:
+            with tarfile.open(archive) as tar:
+                files = (member for member in tar if member.name.endswith(suffix))
+                tar.extractall(part, files, filter="data")
+        except Exception as error:  # truncated or no archive: tarfile raises many kinds
+            raise ValueError(f"{archive} cannot be read: {error}") from None
+        if not Path(part, name).is_dir():
+            raise ValueError(f"{archive} must hold {suffix} files in a folder {name}/")
+        os.replace(Path(part, name), archive.with_name(name))
 
 
-def fetch_photos(cub):
-    """Unpacks, and downloads where it must, the originals: only for captions in their layout."""
-    if (cub / "text_trainvalclasses.txt").exists() or (cub / "CUB_200_2011" / "images").is_dir():
+# ------------------------------------------------------------------------------------------- photos
+
+
+def download_photos(cub):
+    if shi_layout(cub) or (cub / "CUB_200_2011" / "images").is_dir():
         return
     archive = cub / "CUB_200_2011.tgz"
-    if not archive.exists():
-        data.download(CUB_PHOTOS, archive, CUB_MD5)
-    elif data.md5(archive) != CUB_MD5:
-        raise ValueError(f"{archive} is damaged, its MD5 is not {CUB_MD5}: delete it")
-    data.unpack(archive, cub / "CUB_200_2011", "images", ".jpg")
+    try:
+        download_url(CUB_PHOTOS, cub, archive.name, CUB_MD5)  # an intact one is not fetched again
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{CUB_PHOTOS} cannot be downloaded: {error}. Put it at {archive} by hand"
+        ) from None
+    unpack(archive, ".jpg")
 
 
-def list_photos(cub, split):
-    """Names of a split's photos relative to cub/, by class, then by file, as torchvision's
+def list_photos(cub, part):
+    """The names of a split's photos relative to cub/, sorted by class and file, as torchvision's
     ImageFolder sorts them."""
-    if (cub / "text_trainvalclasses.txt").exists():
-        folder = cub / split
-        classes = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    if shi_layout(cub):
+        folder = cub / part
+        classes = [path.name for path in folder.iterdir() if path.is_dir()]
     else:
         folder = cub / "CUB_200_2011" / "images"
-        classes = read_classes(cub, split)
+        classes = read_classes(cub, part)
     files = []
     for name in sorted(classes):
         if not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no photos of {name}, which the list of classes names")
-        found = sorted(p.name for p in (folder / name).iterdir())
-        files += [
-            (folder / name / file).relative_to(cub).as_posix()
-            for file in found
-            if file.lower().endswith((".jpg", ".jpeg", ".png")) and not file.startswith(".")
-        ]
+            raise ValueError(f"{folder} has no photos of {name}, a class of the {part} split")
+        for file in sorted(path.name for path in (folder / name).iterdir()):
+            if file.lower().endswith((".jpg", ".jpeg", ".png")) and not file.startswith("."):
+                files.append((folder / name / file).relative_to(cub).as_posix())
     if not files:
-        raise ValueError(f"{folder} holds no photos: expected a folder of .jpg files per species")
+        raise ValueError(f"{folder} must have a folder of .jpg files for each class")
     return files
 
 
-def read_classes(cub, split):
-    """The species of a split, from trainvalclasses.txt (or trainclasses.txt and valclasses.txt) and
-    testclasses.txt."""
-    found, folder = {}, text_folder(cub)
-    for part, choices in CLASSES.items():
-        lists = next((c for c in choices if all((folder / name).exists() for name in c)), None)
-        if lists is None:
-            raise ValueError(f"{folder} has no {choices[0][0]}, the list of the {part} species")
-        found[part] = {name for path in lists for name in read_lines(folder / path) if name}
-    both = found["train"] & found["test"]
-    if both:
-        raise ValueError(f"{min(both)} is in the training and in the test classes of {folder}")
-    return found[split]
+def read_classes(cub, part):
+    """The classes of a split, the zero-shot one of Reed et al. (2016): none is in both splits."""
+    folder = text_folder(cub)
+    if part == "test":
+        lists = ["testclasses.txt"]
+    elif (folder / "trainvalclasses.txt").exists():
+        lists = ["trainvalclasses.txt"]
+    else:
+        lists = ["trainclasses.txt", "valclasses.txt"]
+    return {name for path in lists for name in read_lines(folder / path) if name}
 
 
-# Features: torchvision's ResNet-101 without its last layer, 2,048 per photo
+# ----------------------------------------------- features: ResNet-101 without its last layer, 2,048
 
 
 def resnet(weights):
-    """ResNet-101 without its last layer, in eval mode. weights: torchvision's name, or none:
-    random, seed 0."""
+    """ResNet-101 without its last layer, in eval mode. weights: a name of torchvision's, or none:
+    random ones with seed 0."""
     choices = models.ResNet101_Weights
+    names = [choice.name for choice in choices]
     if weights == "none":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = models.resnet101()
-    elif weights not in (names := [choice.name for choice in choices]):
-        raise ValueError(f"--weights is none or {' or '.join(names)}, not {weights!r}")
+    elif weights not in names:
+        raise ValueError(f"--weights must be none or {' or '.join(names)}, not {weights!r}")
     else:
         try:
             net = models.resnet101(weights=choices[weights])
-        except Exception as error:  # no network, or a file cut short
+        except Exception as error:  # no network, or a truncated file
             raise ValueError(
-                f"the ImageNet weights cannot be had ({getattr(error, 'reason', error)}): put"
-                f" {choices[weights].url} into {Path(torch.hub.get_dir()) / 'checkpoints'} by hand,"
-                " or pass --weights none for features of a randomly initialised network"
+                f"{choices[weights].url} cannot be downloaded: {error}. Put it into"
+                f" {Path(torch.hub.get_dir()) / 'checkpoints'} by hand, or use --weights none for"
+                " features of a randomly initialised network"
             ) from None
     net.fc = torch.nn.Identity()
     return net.eval()
 
 
 def estimate_batchnorm(net, images, device):
-    """Freezes a random network's BatchNorm at the statistics of `images`, batches of
-    (B, 3, 224, 224), in place.
+    """Fix the BatchNorm statistics of a random network at those of `images`, batches
+    (B, 3, 224, 224).
 
-    With those it starts with, features of all photos are alike (cosine .9997).
+    With the initial statistics, the features of all photos are nearly the same (cosine .9997).
     """
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -348,167 +352,155 @@ def estimate_batchnorm(net, images, device):
     net.eval()
 
 
-def extract(cub, made, files, train, net, weights, normalise, device=None, batch_size=32, every=30):
-    """Features of files (the first `train` of them are the training photos), kept in
-    features.partial.npz as it goes.
+def extract(cub, path, files, train, net, weights, normalise, device=None, batch_size=32, every=30):
+    """Features of `files`, of which the first `train` are the training photos.
 
-    `every`: seconds between two saves; an interrupted run loses no more. A photo that `read_photo`
-    cannot read is skipped and counted.
-    -> what read_features returns
+    Progress is saved beside `path`, in features.partial.npz, every `every` seconds, and resumed
+    from there. -> what read_features returns
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     steps = [transforms.Resize(224), transforms.CenterCrop(224), transforms.ToTensor()]
     if normalise:
         steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    transform, partial = transforms.Compose(steps), made.with_name("features.partial.npz")
+    transform, partial = transforms.Compose(steps), path.with_name("features.partial.npz")
     cache = {"weights": weights, "normalise": normalise, "files": np.array(files), "train": train}
     x, readable = resume(partial, cache)
-    first, start, saved = len(readable), time.monotonic(), time.monotonic()
+    first, saved = len(readable), time.monotonic()
     net.to(device)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, torch.inference_mode():
 
-        def images(names):
+        def read(names):
+            """-> photos that can be read, and for each name whether it can"""
             photos = list(pool.map(lambda name: read_photo(cub / name, transform), names))
             return [p for p in photos if p is not None], [p is not None for p in photos]
 
         if weights == "none":
-            some = np.random.default_rng(0).permutation(train)[:256]
-            groups = [[files[i] for i in some[k : k + 32]] for k in range(0, len(some), 32)]
-            stacks = (good for good, _ in map(images, groups) if good)
-            estimate_batchnorm(net, map(torch.stack, stacks), device)
-            start = time.monotonic()
+            sample = np.random.default_rng(0).permutation(train)[:256]
+            groups = [[files[i] for i in sample[k : k + 32]] for k in range(0, len(sample), 32)]
+            photos = (read(group)[0] for group in groups)
+            estimate_batchnorm(net, (torch.stack(batch) for batch in photos if batch), device)
         for k in range(first, len(files), batch_size):
-            good, which = images(files[k : k + batch_size])
-            if good:
-                x.append(net(torch.stack(good).to(device)).float().cpu().numpy())
-            readable += which
-            data.progress("features of photos", len(readable), len(which), len(files), start, first)
+            photos, ok = read(files[k : k + batch_size])
+            if photos:
+                x.append(net(torch.stack(photos).to(device)).float().cpu().numpy())
+            readable += ok
+            if k // batch_size % 10 == 0:
+                print(f"features of photos: {len(readable)} of {len(files)}", file=sys.stderr)
             if time.monotonic() - saved > every:
-                data.save_npz(partial, **{**cache, "x": np.concatenate(x), "readable": readable})
+                data.save_npz(partial, **cache, x=np.concatenate(x), readable=np.array(readable))
                 saved = time.monotonic()
-    for split, ok in (("training", readable[:train]), ("test", readable[train:])):
+    for part, ok in (("training", readable[:train]), ("test", readable[train:])):
         if not any(ok):
-            raise ValueError(f"none of the {len(ok)} {split} photos in {cub} can be read")
+            raise ValueError(f"none of the {len(ok)} {part} photos in {cub} can be read")
     return {**cache, "x": np.concatenate(x), "readable": np.array(readable)}
 
 
 def read_photo(path, transform):
-    """(3, 224, 224), or None for a file that is no image, a damaged one or one without measure."""
+    """-> (3, 224, 224), or None if it cannot be read: the photo is then skipped with its captions.
+
+    `readable` marks it, `python data.py cub` prints its name, the data set's note the count.
+    """
     try:
         with Image.open(path) as image:
-            if max(image.size) > min(8192, 20 * min(image.size)):  # a strip would fill the memory
-                return None
             photo = image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's readers raise whatever a damaged file leads to
+    except Exception:  # Pillow raises many kinds for damaged files
         return None
     return transform(photo)
 
 
 def resume(partial, cache):
-    """What an interrupted run with the same settings and photos has left.
+    """The features and `readable` of an interrupted run with the same settings and photos, if any.
     -> list of arrays, list of booleans"""
     try:
-        left = read_features(partial) if partial.exists() else {}
-    except ValueError:
-        left = {}
-    if any(not np.array_equal(left.get(key), cache[key]) for key in cache):
+        before = read_features(partial)
+    except ValueError:  # not there, or damaged
+        before = {}
+    if any(not np.array_equal(before.get(key), cache[key]) for key in cache):
         return [np.empty((0, 2048), np.float32)], []
-    return [left["x"]], left["readable"].tolist()
+    return [before["x"]], before["readable"].tolist()
 
 
 def read_features(path):
-    """The arrays weights, normalise, files (N,), train: how many of them train, readable (N,),
-    x (readable, D)."""
+    """The arrays of features.npz: weights (its source), normalise, files (N,), train (the first so
+    many files are training photos), readable (N,) booleans, x (readable photos, D) float32."""
     cache = data.read_npz(path, ("weights", "normalise", "files", "train", "readable", "x"))
-    x, readable = cache["x"], cache["readable"]
-    files, train = cache["files"], cache["train"]
-    good = files.dtype.kind == "U" and files.ndim == readable.ndim == 1 and readable.dtype == bool
-    good = good and train.ndim == 0 and train.dtype.kind in "iu" and 0 < train < len(files)
-    good = good and cache["weights"].ndim == cache["normalise"].ndim == 0
-    width = x.shape[1:] if str(cache["weights"]).startswith(OWN) else (2048,)
-    good = good and x.dtype == np.float32 and x.shape == (readable.sum(), *width)
-    good = good and x.ndim == 2 and x.size
-    if not (good and len(readable) <= len(files) and np.isfinite(x).all()):
-        raise ValueError(f"{path} does not hold features of CUB's photos: delete it")
+    if cache["x"].ndim != 2 or len(cache["x"]) != cache["readable"].sum():
+        raise ValueError(f"{path} must have a row of x for each readable photo: delete it")
     return cache
 
 
 def own_features(path, files, train):
-    """A user's features of CUB's photos, standardised as the training photos are, the first `train`
-    of files.
+    """A user's features of the photos `files`, standardised with the first `train` of them.
 
-    The .npz holds x (photos, D), in the order of the photos, or with their names in `files` in any
-    order, of which the species' folder and the file's own name count. -> float32 (len(files), D)
+    The .npz holds x (photos, D) in the order of `files`; or in any order with the photos' names in
+    its array `files`, of which class folder and file name are compared. -> float32 (len(files), D)
     """
     arrays = data.read_npz(path, ("x",))
     x, names = arrays["x"], arrays.get("files")
-    if x.ndim != 2 or x.dtype.kind not in "fiu" or not x.size:
-        raise ValueError(f"{path}: x {x.shape} is to be numbers, (photos, features)")
+    if x.ndim != 2 or x.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: x must be numeric (photos, features), not {x.dtype} {x.shape}")
     if names is not None:
         if names.dtype.kind != "U" or names.shape != x.shape[:1]:
-            raise ValueError(f"{path}: files {names.shape} is to hold a name for each row of x")
+            raise ValueError(f"{path}: files must hold a name for each of the {len(x)} rows of x")
         rows = {Path(name).parts[-2:]: row for row, name in enumerate(names.tolist())}
         missing = [file for file in files if Path(file).parts[-2:] not in rows]
         if missing:
             raise ValueError(
-                f"{path} has no features of {len(missing)} of the {len(files)} photos, the first of "
-                f"them {missing[0]}"
+                f"{path} has no features of {len(missing)} of the {len(files)} photos, such as"
+                f" {missing[0]}"
             )
         x = x[[rows[Path(file).parts[-2:]] for file in files]]
     elif len(x) != len(files):
         raise ValueError(
-            f"{path} has features of {len(x)} photos, there are {len(files)}: name them in files"
+            f"{path} must have features of the {len(files)} photos, not of {len(x)}, or their names"
+            " in an array files"
         )
     x = x.astype(np.float64)
     if not np.isfinite(x).all():
-        raise ValueError(f"{path}: x has values that are not finite")
-    return data.standardise(x, data.constants_of(x[:train])).astype(np.float32)
+        raise ValueError(f"{path}: x must be finite")
+    return data.standardise(x, data.feature_stats(x[:train])).astype(np.float32)
 
 
-# What is generated, measured and drawn
+# ---------------------------------------------------------------------------------- word vectors
 
 
 def caption_text(tokens, words):
-    """Word indices (32,) -> the caption as text: words joined, cut at <eos>."""
+    """Word indices (32,) -> the words up to <eos>, joined by spaces."""
     tokens = np.asarray(tokens).tolist()
     end = tokens.index(EOS) if EOS in tokens else len(tokens)
     return " ".join(words[t] for t in tokens[:end])
 
 
 def character_ngrams(words, shortest=3, longest=6):
-    """FastText's units: each word itself and the n-grams of <word>, numbered as they occur.
-
-    -> (V, G) 0/1 sparse CSR, its transpose; the specials have none.
-    """
+    """FastText's subword units: each <word> and its character n-grams, numbered in order of first
+    appearance; special tokens have none. -> 0/1 matrix (V, G), sparse CSR, and its transpose"""
     index, rows, columns = {}, [], []
     for row, word in enumerate(words):
         if word in SPECIALS:
             continue
         text = f"<{word}>"
-        starts = ((n, a) for n in range(shortest, longest + 1) for a in range(len(text) - n + 1))
-        for gram in (text, *sorted({text[a : a + n] for n, a in starts} - {text})):
+        spans = ((n, a) for n in range(shortest, longest + 1) for a in range(len(text) - n + 1))
+        for gram in (text, *sorted({text[a : a + n] for n, a in spans} - {text})):
             rows.append(row)
             columns.append(index.setdefault(gram, len(index)))
     where = torch.tensor([rows, columns])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and not checked
+        warnings.simplefilter("ignore", UserWarning)  # "sparse CSR is in beta"
         units = torch.sparse_coo_tensor(where, torch.ones(len(rows)), (len(words), len(index)))
         return units.coalesce().to_sparse_csr(), units.t().coalesce().to_sparse_csr()
 
 
 def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
-    """How often word i has word j in its window, per epoch, as word2vec draws it: frequent words
-    dropped at random before the window is laid, a neighbour at distance d inside the random window
-    with probability 1 - (d - 1)/window.
+    """Expected number of times per epoch that word j is in the window of word i, as in word2vec:
+    frequent words are dropped at random first, and a neighbour at distance d is in the window,
+    whose size is random, with probability 1 - (d - 1) / window. Special tokens do not count.
 
-    captions: int64 (N, 32) -> pairs (V, V), frequencies (V,), float64. The specials never count.
+    captions: int64 (N, 32) -> pairs (V, V), word frequencies (V,), both float64
     """
     generator = torch.Generator().manual_seed(seed)
     captions = torch.as_tensor(captions).cpu()
-    sentence, at = (captions >= len(SPECIALS)).nonzero(as_tuple=True)
-    word = captions[sentence, at]
+    sentence, position = (captions >= len(SPECIALS)).nonzero(as_tuple=True)
+    word = captions[sentence, position]
     frequency = torch.bincount(word, minlength=n_words).double()
     threshold = sample * len(word) / frequency
     keep = (threshold.sqrt() + threshold).clamp(max=1)
@@ -528,15 +520,15 @@ def skipgram_counts(captions, n_words, window=3, sample=1e-3, draws=10, seed=0):
 def word_vectors(
     captions, words, dim=300, window=3, negative=5, epochs=10, lr=0.025, seed=0, device="cpu"
 ):
-    """FastText [Bojanowski et al. 2017]: a word is the mean of its own vector and its n-grams'.
+    """FastText [Bojanowski et al. 2017]: a word's vector is the mean over its subword units'.
 
-    Skip-gram with negative sampling. The vocabulary is small, so each step of gradient descent
-    takes the expectation over words and negatives in place of a sample: it climbs
+    Skip-gram with negative sampling. The vocabulary is small, so that each gradient step uses the
+    expectation over pairs and negatives instead of a sample. It maximises
 
         Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),    m_ij = negative (Σ_k n_ik) p_j
 
-    with n_ij the pairs that a step would see, p_j ∝ frequency^.75.
-    captions (N, 32) -> float32 (V, dim), zeros for specials
+    n_ij: expected number of pairs; p_j ∝ frequency^.75; h_i: word vectors; o_j: context vectors.
+    captions (N, 32) -> float32 (V, dim), zeros for special tokens
     """
     units, transposed = (m.to(device) for m in character_ngrams(words))
     share = 1 / units.sum(1, keepdim=True).to_dense().clamp(min=1)  # (V, 1)
@@ -545,64 +537,64 @@ def word_vectors(
     n = pairs.float().to(device)  # (V, V)
     m = (negative * pairs.sum(1, keepdim=True) * noise).float().to(device)
     steps = max(1, math.ceil(float(pairs.sum()) / 4000))  # per epoch: 4,000 pairs each
-    # The summed gradient of a word in very many pairs of a step overshoots: it moves as by 4 / lr
-    # pairs at most.
+    # The summed gradient of a very frequent word overshoots: its step is limited to that of 4 / lr
+    # pairs.
     most_h = 4 / (n + m).sum(1, keepdim=True).clamp(min=1e-9)
     most_o = 4 / (n + m).sum(0).unsqueeze(1).clamp(min=1e-9)
     generator = torch.Generator().manual_seed(seed)
     start = torch.rand(units.shape[1], dim, generator=generator)
-    e = ((2 * start - 1) / dim).to(device)  # (G, D) the units' vectors
-    o = torch.zeros(len(words), dim, device=device)  # (V, D) the words' as context
+    e = ((2 * start - 1) / dim).to(device)  # (G, D) vectors of the units
+    o = torch.zeros(len(words), dim, device=device)  # (V, D) context vectors
     for step in range(epochs * steps):
         rate = lr * (1 - step / (epochs * steps)) / steps
         h = share * (units @ e)  # (V, D)
         p = torch.sigmoid(h @ o.t())
         residual = n * (1 - p) - m * p  # (V, V)
         grad_h, grad_o = residual @ o, residual.t() @ h
-        # each unit takes the whole step, as FastText does
+        # as in FastText, each unit takes the whole step of its word
         e += transposed @ (grad_h * most_h.clamp(max=rate))
         o += grad_o * most_o.clamp(max=rate)
     return (share * (units @ e)).cpu().numpy()
 
 
 def cached_word_vectors(root, captions, words, device="cpu"):
-    """word_vectors of the training captions, kept in cub/words.npz beside a digest of those."""
+    """word_vectors of the training captions, cached in cub/words.npz with a digest of them."""
     captions = captions.cpu().numpy()
     digest = hashlib.sha256(captions.tobytes() + "\n".join(words).encode()).hexdigest()
     path = data.prepared(root, "cub", "words.npz")
     try:
         cache = data.read_npz(path, ("digest", "vectors"))
-        if str(cache["digest"]) == digest and cache["vectors"].shape == (len(words), 300):
+        if str(cache["digest"]) == digest:
             return cache["vectors"]
-    except ValueError:  # missing, damaged, another format: trained again
+    except ValueError:  # not there, or damaged
         pass
+    print("training word vectors ...", file=sys.stderr)
     vectors = word_vectors(captions, words, device=device)
-    try:
-        data.replace(path, lambda file: np.savez(file, vectors=vectors, digest=digest))
-    except OSError as error:
-        print(f"word vectors are not kept: {path.parent} cannot be written to ({error.strerror})")
+    data.save_npz(path, vectors=vectors, digest=digest)
     return vectors
 
 
 def sentence_vectors(tokens, words, vectors):
-    """The average over a caption's words up to <eos>, specials not counted; of no word at all, 0.
-
-    tokens (N, 32), vectors (V, D) -> float32 (N, D)
-    """
+    """The mean of the vectors of a caption's words up to <eos>, without special tokens; 0 if there
+    is no word. tokens (N, 32), vectors (V, D) -> float32 (N, D)"""
     tokens = np.asarray(tokens)
     special = np.array([word in SPECIALS for word in words])
     counted = ~special[tokens] & ((tokens == EOS).cumsum(1) == 0)
-    total = np.zeros((len(tokens), vectors.shape[1]), np.float32)
+    total = np.zeros((len(tokens), vectors.shape[1]), np.float32)  # (N, D)
     for column, use in zip(tokens.T, counted.T):
         total += vectors[column] * use[:, None]
     return total / np.maximum(counted.sum(1, keepdims=True), 1)
 
 
+# ------------------------------------------------------------- generated pairs: metric and figure
+
+
 @torch.no_grad()
 def cross_generate(model, split, batch_size=256):
-    """Each test pair the other way round: one z per input, the decoded mean, the likeliest words.
+    """Each modality of the test pairs generated from the other: one posterior sample z per input,
+    the decoded mean of features, the most likely word at each position of captions.
 
-    -> features from the captions (N, D), captions from the images int64 (N, 32)
+    -> features from captions (N, 2048), captions from images int64 (N, 32)
     """
     device = next(model.parameters()).device
     split, features, captions = split.to(device), [], []
@@ -615,7 +607,7 @@ def cross_generate(model, split, batch_size=256):
 
 @torch.no_grad()
 def joint_generate(model, n=1000, batch_size=250):
-    """n samples of the prior -> features (n, D), captions int64 (n, 32)"""
+    """Pairs generated from n prior samples. -> features (n, 2048), captions int64 (n, 32)"""
     features, captions = [], []
     for k in range(0, n, batch_size):
         image, caption = model.decode(model.prior().sample((min(batch_size, n - k),)))
@@ -625,11 +617,11 @@ def joint_generate(model, n=1000, batch_size=250):
 
 
 def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
-    """[meme] Table 5: photos' features and sentences' vectors that should correlate.
+    """[meme] Table 5: pairs of photo features x (n, 2048) and sentence vectors y (n, D).
 
-    -> (x, y) of the training pairs, to fit a CCA to, and {"image->caption": (x, y), ...}: what is
-    generated from one modality with what it was shown, from the prior ("joint"), and the test pairs
-    as they are ("truth"); x (n, features), y (n, D)
+    -> (x, y) of the training pairs, for the fit of the CCA, and {name: (x, y)}, whose correlations
+    are measured: "image->caption" and "caption->image", where one is generated from the other;
+    "joint", both generated from the prior; "truth", the test pairs.
     """
     device = next(model.parameters()).device
     vectors = cached_word_vectors(root, dataset.train.bases[1], dataset.words, device)
@@ -655,8 +647,8 @@ def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
 
 
 def nearest_photos(features, photos):
-    """The row of `photos` (P, D) nearest to each of `features` (N, D), Euclidean.
-    -> int64 (N,)"""
+    """The row of `photos` (P, 2048) with the smallest Euclidean distance to each of `features`
+    (N, 2048). -> int64 (N,)"""
     features, photos = torch.as_tensor(features), torch.as_tensor(photos)
     rows = [torch.cdist(x, photos.to(x.device)).argmin(1) for x in features.split(1000)]
     return torch.cat(rows).cpu().numpy()
@@ -664,22 +656,19 @@ def nearest_photos(features, photos):
 
 @torch.no_grad()
 def draw(run, dataset, root, path, n=6):
-    """Photos and captions of n test pairs with what each generates ([meme] Fig. 4, [poe] Fig. 10),
-    to an image file.
-
-    A generated photo is the training photo whose features are nearest to the generated ones.
-    """
+    """[meme] Fig. 4, [poe] Fig. 10: n test pairs with what is generated from their photos and from
+    their captions. Generated features are drawn as the training photo with the nearest features."""
     device = next(run.model.parameters()).device
     files, test, words = cub_photos(root), dataset.test, dataset.words
-    chosen = torch.linspace(0, len(test.bases[0]) - 1, n).long()  # photos, evenly over the species
-    index = torch.tensor([int((test.rows[0].cpu() == row).nonzero()[0, 0]) for row in chosen])
+    photos = torch.linspace(0, len(test.bases[0]) - 1, n).long()  # spread over the classes
+    index = torch.tensor([int((test.rows[0].cpu() == row).nonzero()[0, 0]) for row in photos])
     image, caption = test.to(device)[index.to(device)]
-    shown = {
-        "photo": ((image, None), [files["test"][row] for row in chosen]),
+    inputs = {
+        "photo": ((image, None), [files["test"][row] for row in photos]),
         "caption": ((None, caption), [caption_text(t.cpu(), words) for t in caption]),
     }
     columns = []
-    for name, (xs, contents) in shown.items():
+    for name, (xs, contents) in inputs.items():
         features, tokens = run.model.decode(run.model.posterior(*xs).sample())
         nearest = nearest_photos(features, dataset.train.bases[0])
         columns += [
@@ -690,7 +679,7 @@ def draw(run, dataset, root, path, n=6):
     drawing.sheet(columns, drawing.title(run), path)
 
 
-PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8, 1/16
+PAPER = [  # data set, model, --unpaired, column, values at f = 1, 1/2, 1/4, 1/8, 1/16
     # [meme] Table 5
     ("cub", "MEME", "image", "corr. image→caption", ".064 .042 .026 .029"),
     ("cub", "MEME", "caption", "corr. image→caption", ".064 .062 .048 .052"),

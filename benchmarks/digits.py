@@ -1,23 +1,16 @@
-"""mnist-split, mnist-split3: the bands of MNIST's images. mnist-svhn: pairs of the same digit.
+"""mnist-split, mnist-split3: horizontal bands of MNIST images. mnist-svhn: pairs of the same digit.
 
-MNIST and SVHN are read from, or downloaded to, the folder of the data sets. The pairs are fixed,
-whatever --seed says.
+torchvision reads MNIST and SVHN from the folder of the data sets, or downloads them into it. The
+pairs do not depend on --seed.
 """
-
-import os
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import MNIST, SVHN
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 import data
 import nets
 from benchmarks import oracles
-
 
 ORACLE_STEPS = {"image": 2000, "mnist": 1000, "svhn": 1500}
 
@@ -27,30 +20,27 @@ def load(name, root):
 
 
 def views(dataset):
-    """What the oracles judge: the bands put together, else each image."""
+    """The images that oracles judge: the bands stacked to one image, or each modality by itself."""
     if dataset.name in nets.BANDS:
         return {"image": lambda xs: torch.cat(xs, -2)}
     return oracles.each(dataset.names)
 
 
 def load_bands(root, name):
-    """MNIST images cut into equal bands: 14 rows each, or 9 each of the first 27."""
+    """MNIST images cut into equal bands: two of 14 rows, or three of 9 (the 28th is left out)."""
     names = nets.BANDS[name]
     height = 28 // len(names)
-
-    def cut(images, labels):
-        return data.Split(
-            [images[:, :, i * height : (i + 1) * height] for i in range(len(names))], labels=labels
-        )
-
-    return data.Dataset(
-        name, cut(*mnist(root, True)), cut(*mnist(root, False)), {"name": name}, names
-    )
+    splits = []
+    for train in (True, False):
+        images, labels = mnist(root, train)
+        bands = [images[:, :, k * height : (k + 1) * height] for k in range(len(names))]
+        splits.append(data.Split(bands, labels=labels))
+    return data.Dataset(name, *splits, spec={"name": name}, names=names)
 
 
 def load_mnist_svhn(root, repeats=1):
-    """Pairs of the same digit. Per class n = the fewer of both, each side permuted, `repeats` times
-    (30 in MMVAE)."""
+    """Pairs of an MNIST and an SVHN image of the same digit. For each digit, the first n images of
+    both, n the smaller count, are permuted and paired, `repeats` times (MMVAE: 30)."""
     crops = svhn(root)
     generator = torch.Generator().manual_seed(0)
     splits = []
@@ -64,91 +54,70 @@ def load_mnist_svhn(root, repeats=1):
             for side, m in zip(rows, members):
                 side += [m[:n][torch.randperm(n, generator=generator)] for _ in range(repeats)]
         rows = [torch.cat(side) for side in rows]
-        if not len(rows[0]):
-            raise ValueError(f"MNIST and SVHN in {root} have no {part} digit in common")
-        mixed = torch.randperm(len(rows[0]), generator=generator)
-        rows = [side[mixed] for side in rows]
+        order = torch.randperm(len(rows[0]), generator=generator)
+        rows = [side[order] for side in rows]
         splits.append(data.Split([images, x], rows, digits[rows[0]]))
     n = len(crops["train_x"])
-    note = "" if n == 73257 else f"SVHN with {n:,} training crops, not the standard 73,257"
-    return data.Dataset("mnist-svhn", *splits, {"name": "mnist-svhn"}, ("mnist", "svhn"), note=note)
+    return data.Dataset(
+        name="mnist-svhn",
+        train=splits[0],
+        test=splits[1],
+        spec={"name": "mnist-svhn"},
+        names=("mnist", "svhn"),
+        note="" if n == 73257 else f"SVHN with {n:,} training crops, not the standard 73,257",
+    )
 
 
 def mnist(root, train):
-    """-> images (N, 1, 28, 28) bytes, labels (N,), from root/MNIST/raw; downloaded if missing."""
-    folder, stem = root / "MNIST" / "raw", "train" if train else "t10k"
-    files = [folder / f"{stem}-images-idx3-ubyte", folder / f"{stem}-labels-idx1-ubyte"]
-    if not all(f.exists() for f in files):
-
-        def fetch():  # beside its place and renamed: torchvision unpacks in place
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".MNIST.", dir=root) as part:
-                shutil.copytree(folder, raw := Path(part, "MNIST", "raw"))
-                MNIST(part, download=True)
-                for file in raw.iterdir():
-                    os.replace(file, folder / file.name)
-
-        downloaded(fetch, folder, "MNIST's four idx files")
-    found = []
-    for file, read in zip(files, (read_image_file, read_label_file)):
-        try:
-            found.append(read(file))
-        except Exception as error:  # torchvision asserts, or fails in frombuffer
-            raise ValueError(
-                f"{file} is damaged or no IDX file: delete it, and it is downloaded anew"
-            ) from error
-    images, labels = found
-    if images.shape[1:] != (28, 28) or not 0 < len(images) == len(labels) or labels.max() > 9:
-        raise ValueError(f"{files[0]} and {files[1].name} are not 28 x 28 images with their digits")
+    """-> images (N, 1, 28, 28) uint8, labels (N,) int64, from root/MNIST/raw"""
+    try:
+        mnist = MNIST(root, train, download=True)  # downloads only what is not there
+        images, labels = mnist.data, mnist.targets
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+            raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels")
+    except Exception as error:  # no network, or a damaged file: torchvision raises many kinds
+        raise unreadable(root / "MNIST" / "raw", error, "MNIST's four idx files") from None
     return images[:, None], labels
 
 
 def svhn(root):
-    """root/svhn.npz, made from torchvision's SVHN at first, as tensors: train_x (N, 3, 32, 32)
-    bytes, train_y, test_x, test_y."""
+    """root/svhn.npz, made from torchvision's SVHN if it is not there.
+    -> {"train_x": (N, 3, 32, 32) uint8, "train_y": (N,) int64, "test_x": ..., "test_y": ...}"""
     path = data.prepared(root, "svhn.npz")
     if not path.exists():
-        arrays, folder = {}, path.with_name("svhn")
-        for part in ("train", "test"):
-            raw = downloaded(
-                lambda part=part: SVHN(folder, part, download=True),
-                folder,
-                "SVHN's train_32x32.mat and test_32x32.mat",
-            )
-            arrays |= {f"{part}_x": raw.data, f"{part}_y": raw.labels}
-        data.save_npz(path, **arrays)
+        folder = path.with_name("svhn")
+        try:
+            train, test = SVHN(folder, "train", download=True), SVHN(folder, "test", download=True)
+        except Exception as error:
+            raise unreadable(folder, error, "SVHN's train_32x32.mat and test_32x32.mat") from None
+        data.save_npz(
+            path, train_x=train.data, train_y=train.labels, test_x=test.data, test_y=test.labels
+        )
     arrays = data.read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
-    found = {}
+    tensors = {}
     for part in ("train", "test"):
         x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
-        good = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (3, 32, 32) and len(x)
-        good = good and y.shape == (len(x),) and y.dtype.kind in "iu"
-        if not good or y.min() < 0 or y.max() > 10:  # SVHN's own files call the digit 0 10
+        if x.dtype != np.uint8 or x.shape != (len(y), 3, 32, 32):
             raise ValueError(
-                f"{path}: {part}_x is to be uint8 (N, 3, 32, 32) with N digits in {part}_y"
+                f"{path}: {part}_x must be uint8 (N, 3, 32, 32) with {part}_y (N,), not {x.dtype} "
+                f"{x.shape} with {y.shape}"
             )
-        found[f"{part}_x"] = torch.from_numpy(x)
-        found[f"{part}_y"] = torch.from_numpy(y.astype(np.int64)) % 10
-    return found
+        tensors[f"{part}_x"] = torch.from_numpy(x)
+        # SVHN's own files have 10 as the label of the digit 0
+        tensors[f"{part}_y"] = torch.from_numpy(y.astype(np.int64)) % 10
+    return tensors
 
 
-def downloaded(fetch, folder, what):
-    """fetch(), into folder. Its failure leaves no empty folders behind and becomes a sentence."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        return fetch()
-    except Exception as error:  # URLError, RuntimeError, OSError: whatever the download met
-        for path in new:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        reason = (str(error) or type(error).__name__).splitlines()[-1]
-        raise ValueError(
-            f"{what} are not in {folder} and could not be downloaded ({reason}): put them there, "
-            "or name the folder of your data sets with --data"
-        ) from None
+def unreadable(folder, error, files):
+    """The one sentence for images that can be neither read nor downloaded."""
+    reason = (str(error) or type(error).__name__).splitlines()[-1]
+    return ValueError(
+        f"{folder} cannot be read: {reason}. It must hold {files}: put them there (delete damaged "
+        "ones, and they are downloaded), or name another folder with --data"
+    )
 
 
-PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8, 1/16
+PAPER = [  # data set, model, --unpaired, column, values at f = 1, 1/2, 1/4, 1/8, 1/16
     # [poe] Table 1
     ("mnist-split", "MMVAE", "", "both", ".539"),
     ("mnist-split", "MMVAE", "", "top", ".221"),
@@ -162,7 +131,7 @@ PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8,
     ("mnist-split", "VAEVAE*", "", "both", ".958"),
     ("mnist-split", "VAEVAE*", "", "top", ".863"),
     ("mnist-split", "VAEVAE*", "", "bottom", ".778"),
-    # [meme] Table 3; Table 7, which does not say where from: taken as what is generated
+    # [meme] Table 3 and Table 7, whose values per modality are read as those of the generated one
     ("mnist-svhn", "MEME", "svhn", "mnist→svhn", ".625 .551 .323 .172 .143"),
     ("mnist-svhn", "MEME", "mnist", "mnist→svhn", ".625 .572 .485 .470 .451"),
     ("mnist-svhn", "MEME", "split", "mnist→svhn", ".625 .625 .503 .467 .387"),
@@ -194,7 +163,7 @@ PAPER = [  # data set, model, unpaired, column, numbers at f = 1, 1/2, 1/4, 1/8,
     ("mnist-svhn", "MVAE", "svhn", "latent svhn", ".131 .106 .107 .105 .102"),
     ("mnist-svhn", "MVAE", "mnist", "latent svhn", ".131 .106 .106 .107 .101"),
     ("mnist-svhn", "MVAE", "split", "latent svhn", ".131 .107 .109 .104 .100"),
-    # [meme] Table 6; its MEME_SPLIT rows repeat Table 4 and are left out
+    # [meme] Table 6, without its MEME_SPLIT rows, which repeat Table 4
     ("mnist-svhn", "MEME", "svhn", "MI mnist", ".075 .086 .101 .102 .103"),
     ("mnist-svhn", "MEME", "mnist", "MI mnist", ".073 .087 .101 .099 .104"),
     ("mnist-svhn", "MEME", "svhn", "MI svhn", ".036 .047 .071 – .134"),

@@ -1,7 +1,6 @@
-"""glyphs: the digits of a font that ships inside Pillow, grey and in colour, made on the spot.
+"""glyphs: digits drawn with a font that ships inside Pillow, once in grey and once in colour.
 
-It needs no download and takes seconds: what a first run learns from. The pages are fixed, whatever
---seed says.
+The default data set: generated in seconds, without a download. The images do not depend on --seed.
 """
 
 import numpy as np
@@ -14,27 +13,30 @@ from benchmarks import oracles
 
 
 ORACLE_STEPS = {"grey": 200, "colour": 200}
-# red, yellow, green, cyan, blue, magenta: each is three places from its opposite
+# red, yellow, green, cyan, blue, magenta: the complement of hue k is hue (k + 3) % 6
 HUES = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]]).float()
 
 
 def load(name, root):
-    """Grey 1x28x28 and coloured 3x32x32 images of the same digit, 10,000 + 2,000. Nothing is read
-    from `root`.
-
-    The ink has one of six hues, whatever the digit, and the dark paper the opposite one.
-    """
-    train, test = glyphs(10_000, seed=0), glyphs(2_000, seed=1)
-    return data.Dataset(name, train, test, {"name": "glyphs"}, ("grey", "colour"))
+    """Grey 1x28x28 and colour 3x32x32 images of the same digit, 10,000 for training and 2,000 for
+    testing. Nothing is read from `root`."""
+    return data.Dataset(
+        name=name,
+        train=glyphs(10_000, seed=0),
+        test=glyphs(2_000, seed=1),
+        spec={"name": "glyphs"},
+        names=("grey", "colour"),
+    )
 
 
 def views(dataset):
-    """What the oracles judge: each image."""
+    """The images that oracles judge: each modality by itself."""
     return oracles.each(dataset.names)
 
 
 def glyphs(n, seed):
-    """n pairs of images and their digits. -> data.Split"""
+    """n pairs of images with their digits. The ink has one of six hues, independent of the digit,
+    the dark paper the complementary one. -> data.Split"""
     font, templates = ImageFont.load_default(56), []
     for digit in "0123456789":
         page = Image.new("L", (64, 64))
@@ -46,21 +48,21 @@ def glyphs(n, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    def warped(labels, size):
-        """Rotated by up to 9 degrees, sheared, 1 to 1.2 times as large, shifted by up to 4 %.
+    def warp(labels, size):
+        """The digits rotated by up to 9 degrees, sheared, scaled by 1 to 1.2, shifted by up to 4 %.
         -> (n, 1, size, size)"""
         angle, shear, zoom = uniform(-0.16, 0.16), uniform(-0.05, 0.05), uniform(1, 1.2)
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         across = torch.stack([cos, shear * cos - sin, uniform(-0.08, 0.08)], -1)
         down = torch.stack([sin, shear * sin + cos, uniform(-0.08, 0.08)], -1)
-        pages = []
-        for page, theta in zip(labels.split(1000), torch.stack([across, down], 1).split(1000)):
-            grid = F.affine_grid(theta, (len(page), 1, size, size), align_corners=False)
-            pages.append(F.grid_sample(templates[page], grid, align_corners=False))
-        return torch.cat(pages)
+        parts = []  # 1,000 at a time, to save memory
+        for digits, theta in zip(labels.split(1000), torch.stack([across, down], 1).split(1000)):
+            grid = F.affine_grid(theta, (len(digits), 1, size, size), align_corners=False)
+            parts.append(F.grid_sample(templates[digits], grid, align_corners=False))
+        return torch.cat(parts)
 
     labels = torch.randint(10, (n,), generator=generator)
-    grey, shape = warped(labels, 28), warped(labels, 32)
+    grey, shape = warp(labels, 28), warp(labels, 32)
     hue = torch.randint(6, (n,), generator=generator)
     ink = 0.25 + 0.75 * HUES[hue].view(n, 3, 1, 1)
     paper = 0.03 + 0.25 * HUES[(hue + 3) % 6].view(n, 3, 1, 1)

@@ -1,18 +1,17 @@
-"""Classifiers of digits: what a model generates, is it still the digit it was shown?
+"""Oracles: classifiers of digits that judge generated images.
 
-A classifier that reads every real image rightly may still misread a blurred or pale one that no
-person would, and another training of it reads that one rightly. So several are trained on real
-images under the wear that generated ones show, read together, and the share of images on which
-they disagree is told beside every number. They are trained once per data set and kept in
-root/oracles.
+A classifier with perfect accuracy on real images can misread a blurred or pale one that any person
+reads, and the same classifier trained with another seed reads it correctly. An oracle is therefore
+an ensemble, trained on real images with the corruptions that generated ones show. The share of
+images on which its members disagree is reported beside every metric. Oracles are trained once per
+data set and cached in root/oracles.
 
-Shapes: B images of a batch, N of a split, D features, P inducing points, C = 10 classes, K samples.
+Shapes: B images, N examples of a split, D features, P inducing points, C = 10 classes, K samples.
 """
 
 import hashlib
 import math
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,13 @@ from torch import nn
 
 import data
 
-RECIPE = 2  # to be raised when what follows changes: oracles kept from before are trained anew
+RECIPE = 2  # part of the cache's digest: raise it when the training below changes
 MEMBERS = 3
 
 
 class Classifier(nn.Module):
-    """Images (B, channels, H, W) in [0, 1], H, W >= 24 -> logits (B, 10). Every image is scaled to
-    one contrast first."""
+    """Images (B, channels, H, W) in [0, 1], H, W >= 24 -> logits (B, 10). Every image is first
+    normalised to the same contrast."""
 
     def __init__(self, channels):
         super().__init__()
@@ -46,8 +45,8 @@ class Classifier(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Several classifiers read together. A Gaussian process on the features of the first knows what
-    it has not seen."""
+    """An ensemble of classifiers, and a Gaussian process on the features of its first member, which
+    measures how unlike the training images an image is."""
 
     def __init__(self, channels):
         super().__init__()
@@ -55,19 +54,20 @@ class Oracle(nn.Module):
         self.process = GaussianProcess(self.members[0].head[-1].in_features)
 
     def forward(self, x):
-        """The digit of the largest mean probability, and whether any two members disagree.
-        -> (B,) integers, (B,) booleans"""
+        """-> prediction (B,): the digit with the largest mean probability; disagreement (B,): True
+        where any two members predict different digits"""
         p = torch.stack([member(x).softmax(-1) for member in self.members])  # (members, B, 10)
-        read = p.argmax(-1)
-        return p.mean(0).argmax(-1), (read != read[0]).any(0)
+        digit = p.argmax(-1)
+        return p.mean(0).argmax(-1), (digit != digit[0]).any(0)
 
     def information(self, x):
+        """GaussianProcess.information of images. -> (B,)"""
         return self.process.information(self.members[0].features(x))
 
 
-def worn(x):
-    """Images (B, C, H, W) as a model may have made them: of other colours or none, blurred, pale,
-    noisy, shifted by up to 2 pixels."""
+def corrupt(x):
+    """Images (B, C, H, W) with the defects of generated ones: changed or lost colours, blur, low
+    contrast, noise, a shift of up to 2 pixels."""
     b, channels, height, width = x.shape
 
     def uniform(low, high):
@@ -77,8 +77,7 @@ def worn(x):
     grey = x.mean(1, keepdim=True)
     x = grey + uniform(0, 1) * (x - grey)
     sigma = uniform(0.1, 2.4)  # pixels
-    down, across = smoothing(height, sigma), smoothing(width, sigma)
-    x = down @ x @ across.mT
+    x = gaussian_blur(height, sigma) @ x @ gaussian_blur(width, sigma).mT
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + uniform(0.2, 1) * (x - mean)
     x = x + uniform(0, 0.1) * torch.randn_like(x)
@@ -86,23 +85,24 @@ def worn(x):
     return F.pad(x, (2, 2, 2, 2), mode="replicate")[..., top : top + height, left : left + width]
 
 
-def smoothing(n, sigma):
-    """A Gaussian of standard deviation sigma (B, 1, 1, 1) round each of n places. -> (B, 1, n, n)"""
-    at = torch.arange(n, device=sigma.device)
-    weights = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+def gaussian_blur(n, sigma):
+    """The matrix that blurs n pixels with standard deviation sigma (B, 1, 1, 1). -> (B, 1, n, n)"""
+    pixel = torch.arange(n, device=sigma.device)
+    weights = torch.exp(-0.5 * ((pixel[:, None] - pixel) / sigma) ** 2)
     return weights / weights.sum(-1, keepdim=True)
 
 
 class GaussianProcess(nn.Module):
-    """A sparse variational Gaussian process as the last layer of a classifier ([meme] App. H.2).
+    """A sparse variational Gaussian process as the last layer of a classifier, [meme] App. H.2.
 
         f_c ~ GP(0, k),  k(h, h') = s² exp(-|h - h'|² / 2l²),  p(y|f) = softmax(f)_y,  c = 1..10
         q(f_c(Z)) = N(L m_c, L S_c S_c' L'),  LL' = k(Z, Z)
         ELBO = N E_q(f)[ log p(y|f) ] - Σ_c KL( N(m_c, S_c S_c') || N(0, I) )
 
-    h (B, D): features; Z: the inducing points. What the paper leaves open: 100 inducing points,
-    started at training features and learned; one s and one l, started at 3 and the median distance;
-    5 samples of f in training; the features stay as the oracle has learned them.
+    h (B, D): features; Z: inducing points. Our choices where the paper is silent: 100 inducing
+    points, initialised at training features and learned; one s and one l for all classes,
+    initialised at 3 and the median distance; 5 samples of f in training; the oracle's features are
+    not fine-tuned.
     """
 
     def __init__(self, features, classes=10, points=100):
@@ -114,13 +114,13 @@ class GaussianProcess(nn.Module):
         self.log_length = nn.Parameter(torch.tensor(0.0))  # log l
 
     def kernel(self, a, b):
-        centre = self.inducing.mean(0)  # near zero the next line cancels less
+        centre = self.inducing.mean(0)  # less cancellation in the next line
         a, b = a - centre, b - centre
         squared = ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clamp_min(0)
         return torch.exp(2 * self.log_scale - 0.5 * squared * torch.exp(-2 * self.log_length))
 
     def forward(self, h):
-        """Mean and standard deviation of every f_c(h), each (B, C)."""
+        """Mean and standard deviation of f_c(h), each (B, C)."""
         z, s2 = self.inducing, torch.exp(2 * self.log_scale)
         jitter = 1e-4 * s2 * torch.eye(len(z), device=h.device)
         chol = torch.linalg.cholesky(self.kernel(z, z) + jitter)  # L
@@ -129,7 +129,7 @@ class GaussianProcess(nn.Module):
         return (self.mean @ a).T, variance.clamp_min(1e-6).sqrt().T
 
     def elbo(self, h, y, n, samples=5):
-        """Nats, for a batch of n training images; samples: of f."""
+        """The ELBO in nats, estimated from a batch h (B, D), y (B,) of n training images."""
         mean, std = self(h)
         f = mean + std * torch.randn(samples, *mean.shape, device=h.device)  # (K, B, C)
         log_p = f.log_softmax(-1).mean(0).gather(1, y[:, None]).mean()
@@ -139,7 +139,7 @@ class GaussianProcess(nn.Module):
         return n * log_p - kl
 
     def fit(self, h, y, steps=500, batch_size=500):
-        """Features h (N, D) and labels y (N,) of the training images."""
+        """h (N, D), y (N,): features and labels of the training images."""
         chosen = h[torch.randperm(len(h))[: len(self.inducing)]]
         self.inducing.data[: len(chosen)] = chosen
         self.log_length.data = torch.pdist(chosen).median().clamp_min(1).log()
@@ -152,7 +152,7 @@ class GaussianProcess(nn.Module):
             optimizer.step()
 
     def information(self, h, samples=100):
-        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)], nats: high where f is in doubt. -> (B,)"""
+        """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)] in nats: high where f is uncertain. -> (B,)"""
         mean, std = self(h)
         p = (mean + std * torch.randn(samples, *mean.shape, device=h.device)).softmax(-1)
         entropy = torch.special.entr(p).sum(-1).mean(0)
@@ -160,29 +160,26 @@ class GaussianProcess(nn.Module):
 
 
 def each(names):
-    """Every modality by itself, as a data set's views(). -> {name: function of the M modalities}"""
+    """views() of a data set whose modalities are judged one by one.
+    -> {name: function of the M modalities}"""
     return {name: lambda xs, m=m: xs[m] for m, name in enumerate(names)}
 
 
 def train_oracle(split, view, steps, seed=0, batch_size=128):
-    """Each member on its own draws of worn images, by Adam with one rise and fall of the step size.
-    -> Oracle in eval mode"""
+    """Trains each member on its own random batches of corrupted images. -> Oracle, in eval mode"""
     torch.manual_seed(seed)
     device = split.labels.device
     oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
-    start, done = time.monotonic(), 0
     for member in oracle.members:
         optimizer = torch.optim.AdamW(member.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
         for _ in range(steps):
             index = torch.randint(len(split), (batch_size,), device=device)
-            loss = F.cross_entropy(member(worn(view(split[index]))), split.labels[index])
+            loss = F.cross_entropy(member(corrupt(view(split[index]))), split.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            done += 1
-            data.progress("oracle", done, 1, steps * MEMBERS, start)
     oracle.eval()
     index = torch.randperm(len(split))[:10_000]
     with torch.no_grad():
@@ -193,14 +190,15 @@ def train_oracle(split, view, steps, seed=0, batch_size=128):
 
 
 def load_oracle(dataset, name, root, seed=0, steps=None):
-    """The oracle of one of the data set's views, from root/oracles, where it is kept once trained.
+    """The oracle of the view `name` of a data set, from the cache in root/oracles.
     -> Oracle, its test accuracy
 
-    The file holds a digest of all that it was made from: other images, labels or settings, and it
-    is made anew.
+    It is trained if it is not there, or if the digest beside it says that it was trained on other
+    images or labels, or with other settings.
     """
     benchmark = data.benchmark(dataset.name)
-    view, steps = benchmark.views(dataset)[name], steps or benchmark.ORACLE_STEPS[name]
+    view = benchmark.views(dataset)[name]
+    steps = steps or benchmark.ORACLE_STEPS[name]
     path = data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
     device = dataset.test.labels.device
     digest = hashlib.sha256(f"recipe {RECIPE}, {steps} steps, seed {seed}".encode())
@@ -208,28 +206,25 @@ def load_oracle(dataset, name, root, seed=0, steps=None):
         for tensor in (*split.bases, *split.rows, split.labels):
             digest.update(tensor.cpu().contiguous().numpy())
     try:
-        saved = data.read_checkpoint(path, device)
+        saved = torch.load(path, map_location=device, weights_only=True)
         if saved["digest"] == digest.hexdigest():
             oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
             oracle.load_state_dict(saved["oracle"])
             return oracle.to(device).eval(), float(saved["accuracy"])
-    except Exception:  # there is none yet, or it is damaged
+    except Exception:  # not there, damaged, or of another version: it is trained below
         pass
     print(f"training {MEMBERS} oracles of {dataset.name}, {name} ...", file=sys.stderr)
     oracle = train_oracle(dataset.train, view, steps, seed)
-    right = digits(oracle, view, dataset.test) == dataset.test.labels
-    accuracy = right.double().mean().item()
+    correct = oracle_predictions(oracle, view, dataset.test) == dataset.test.labels
+    accuracy = correct.double().mean().item()
     saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_checkpoint(path, saved)
-    except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): not kept", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.atomic_write(path, lambda file: torch.save(saved, file))
     return oracle, accuracy
 
 
 @torch.no_grad()
-def digits(oracle, view, split):
-    """What the oracle reads in the real images of a split. -> (N,)"""
+def oracle_predictions(oracle, view, split):
+    """The digits that the oracle predicts for the real images of a split. -> (N,)"""
     parts = torch.arange(len(split)).split(500)
     return torch.cat([oracle(view(split[index]))[0] for index in parts])

@@ -1,6 +1,5 @@
 """Small data sets, runs and models that several files of tests need."""
 
-import io
 import itertools
 import os
 import socket
@@ -27,8 +26,8 @@ import vaevae
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {script.__name__: script for script in (meme, svae, vaevae, mmvae, mvae)}
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # to the same bits, and fit to be forked
-torch.set_num_threads(1)  # tiny models: threads would wait for each other
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits everywhere; CUDA cannot be forked
+torch.set_num_threads(1)  # the models are tiny
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +39,17 @@ def seeded():
 
 
 def train(script, *flags, **named):
-    """A script's main, with flags as they are typed or by name: batch_size=8, resume=True."""
+    """Run a script's main. Flags: as typed, or by name: batch_size=8, resume=True."""
     for key, value in named.items():
         flags += (f"--{key.replace('_', '-')}", *(() if value is True else (value,)))
     SCRIPTS[script].main([str(flag) for flag in flags])
 
 
-def refused(script, *flags, code=2, **named):
+def refused(script, *flags, **named):
+    """The script ends with exit code 2."""
     with pytest.raises(SystemExit) as stopped:
         train(script, *flags, **named)
-    assert stopped.value.code == code
+    assert stopped.value.code == 2
 
 
 def checkpoint(run):
@@ -66,12 +66,12 @@ def same(a, b):
 
 
 def forked(call, *args):
-    """A process that does it. -> its id"""
+    """call(*args) in a new process. -> its id"""
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            torch.set_num_threads(1)  # anew after a fork, before threads do so at the same time
+            torch.set_num_threads(1)  # a fork does not keep it
             call(*args)
             code = 0
         except SystemExit as end:
@@ -85,6 +85,7 @@ def forked(call, *args):
 
 
 def ended(*pids):
+    """Wait for processes. -> their exit codes"""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
@@ -96,7 +97,7 @@ def free_port():
 
 @pytest.fixture
 def arrays(tmp_path):
-    """A user's data of two modalities: 5 floats and 4 bits that depend on one latent number."""
+    """An .npz of two modalities, 5 floats and 4 bits that depend on one latent number."""
     rng, found = np.random.default_rng(0), {}
     for part, n in (("train", 96), ("test", 32)):
         z = rng.normal(size=(n, 1))
@@ -108,7 +109,7 @@ def arrays(tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Short runs of mvae on a labelled .npz: two of one setting, one with half of the pairs."""
+    """Short runs of mvae on a labelled .npz: two with all pairs, one with half of them."""
     rng = np.random.default_rng(0)
     found = {f"{part}_labels": rng.integers(3, size=60) for part in ("train", "test")}
     for part, m in itertools.product(("train", "test"), range(2)):
@@ -141,7 +142,7 @@ def offline(*args, **kwargs):
 
 
 def save_arrays(path, *xs, **more):
-    """A user's .npz of two splits with the same examples. -> its path"""
+    """An .npz with the same examples in both splits. -> its path"""
     parts = {f"{part}_{k}": x for part in ("train", "test") for k, x in enumerate(xs)}
     np.savez(path, **parts, **more)
     return path
@@ -171,13 +172,10 @@ def small_root(tmp_path):
     return tmp_path
 
 
-def archive(path, folder, extra=()):
-    """A .tgz of a folder, if any, and of members with their content."""
+def archive(path, folder):
+    """A .tgz of a folder."""
     with tarfile.open(path, "w:gz") as tar:
-        if folder is not None:
-            tar.add(folder, folder.name)
-        for member, content in extra:
-            tar.addfile(member, None if content is None else io.BytesIO(content))
+        tar.add(folder, folder.name)
 
 
 # --------------------------------------------------------------------------------------------- CUB
@@ -217,7 +215,7 @@ def originals(root):
 
 
 def packed_originals(tmp_path):
-    """Their two archives' folders, as they unpack. -> the folder that holds both"""
+    """The folders of the two original archives, as they unpack. -> the folder that holds both"""
     source = originals(tmp_path / "source")
     (source / "cvpr2016_cub").mkdir()
     for path in [source / "text_c10", *source.glob("*classes.txt")]:
@@ -226,7 +224,7 @@ def packed_originals(tmp_path):
 
 
 class Pooled(nn.Module):
-    """In the place of ResNet-101: 2,048 numbers of a photo, with a BatchNorm."""
+    """Takes the place of ResNet-101: 2,048 features of a photo, with a BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -297,7 +295,7 @@ def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
     return files
 
 
-# ------ a data set whose pixels spell the label, its oracle, models that decode what they like
+# ----------------- a data set whose grey value is the label, its oracle, a model that knows both
 
 SHAPES = [(1, 28, 28), (3, 32, 32)]
 
@@ -315,7 +313,8 @@ def toy(name="mnist-svhn", n=600, seed=0):
 
 
 class Reader(nn.Module):
-    """An oracle of toy images: mean grey / 25 * 255 is the digit; `doubts` is one in dispute."""
+    """An oracle of toy images: mean grey / 25 * 255 is the digit. doubts: the digit on which its
+    members disagree."""
 
     def __init__(self, doubts=None):
         super().__init__()
@@ -342,17 +341,13 @@ class Perfect(nn.Module):
         mean = torch.stack([digit, torch.zeros_like(digit)], 1)
         return Independent(Normal(mean, torch.tensor([1e-3, 1.0]).expand_as(mean)), 1)
 
-    def prior(self):
+    def prior(self, *xs):
         digit = lambda shape: torch.randint(10, shape).float()  # noqa: E731
         return SimpleNamespace(sample=lambda s: torch.stack([digit(s), torch.randn(s)], -1))
 
     def decode(self, z):
         said = [self.says(m, z[..., 0].round()) * 25 / 255 for m in range(len(self.shapes))]
         return [x[..., None, None, None].expand(*x.shape, *s) for x, s in zip(said, self.shapes)]
-
-    def log_likelihood(self, *xs, samples, given=None):
-        x = next(x for x in xs if x is not None)
-        return torch.full((len(x),), -1.0 if given is None else -0.5)
 
 
 READERS = {"mnist": Reader(), "svhn": Reader()}

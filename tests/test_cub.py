@@ -1,10 +1,9 @@
-"""CUB: photos, captions, features and their cache; word vectors, what is judged and drawn."""
+"""CUB: photos, captions, features and their cache; word vectors, correlations, the figure."""
 
 import itertools
 import math
-import shutil
-import tarfile
 import types
+import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.datasets.utils import calculate_md5
 
 import data
 import eval as evaluation
@@ -20,7 +20,7 @@ from benchmarks import cub
 from helpers import Pooled, archive, originals, packed_originals, photo, shi
 
 
-def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
+def test_captions_are_32_tokens_of_words_seen_four_times():
     tokens = ["the", "bird", "'s", "red-eyed", ",", "3", "inches", "!"]
     assert cub.tokenize("The bird's red-eyed, 3 inches!") == tokens
     words = cub.vocabulary([["red", "bird"]] * 3 + [["bird", "owl"]] * 4)
@@ -34,14 +34,13 @@ def test_captions_become_32_tokens_of_the_words_seen_more_than_three_times():
 
 
 @pytest.mark.parametrize("layout", [shi, originals])
-def test_each_photo_is_paired_with_its_ten_captions_in_both_layouts(tmp_path, small_net, layout):
+def test_each_photo_has_its_ten_captions_in_both_layouts(tmp_path, small_net, layout):
     folder = layout(tmp_path)
-    sizes = cub.prepare_cub(tmp_path, "none")
-    assert sizes["photos"] == {"train": 4, "test": 2}
-    assert sizes["captions"] == {"train": 40, "test": 20}
+    cub.prepare_cub(tmp_path, "none")
     dataset = data.load("cub", tmp_path)
-    assert sizes["vocabulary"] == len(dataset.words) == dataset.spec["vocabulary"]
-    assert "random" in dataset.note
+    assert [len(split.bases[0]) for split in (dataset.train, dataset.test)] == [4, 2]
+    assert (len(dataset.train), len(dataset.test)) == (40, 20)
+    assert len(dataset.words) == dataset.spec["vocabulary"] and "random" in dataset.note
     image, caption = dataset.train[torch.arange(40)]
     assert image.shape == (40, 2048) and caption.shape == (40, 32)
     assert torch.equal(image[10:20], dataset.train.bases[0][1].expand(10, -1))
@@ -53,22 +52,37 @@ def test_each_photo_is_paired_with_its_ten_captions_in_both_layouts(tmp_path, sm
     assert not list(folder.glob("*partial*")) and not list(folder.glob(".*"))
 
 
-def test_an_unreadable_photo_is_skipped_with_its_captions(tmp_path, small_net):
+def test_features_and_captions_are_read_once(tmp_path, small_net, monkeypatch):
+    folder, opened = shi(tmp_path), []
+    cub.prepare_cub(tmp_path, "none")
+    read_npz, read_lines = data.read_npz, cub.read_lines
+    monkeypatch.setattr(
+        data, "read_npz", lambda path, *a: opened.append(path) or read_npz(path, *a)
+    )
+    monkeypatch.setattr(cub, "read_lines", lambda path: opened.append(path) or read_lines(path))
+    data.load("cub", tmp_path)
+    names = "features.npz", "text_trainvalclasses.txt", "text_testclasses.txt"
+    assert opened == [folder / name for name in names]
+
+
+def test_an_unreadable_photo_is_skipped_with_its_captions(tmp_path, small_net, capsys):
     folder = shi(tmp_path)
     bad = folder / "train" / "001.Albatross" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
     lines = [f"caption {i // 10}" for i in range(40)]
     (folder / "text_trainvalclasses.txt").write_text("\n".join(lines))
-    sizes = cub.prepare_cub(tmp_path, "none")
-    assert sizes["photos"]["train"] == 3 and sizes["captions"]["train"] == 30
-    assert sizes["unreadable"] == ["train/001.Albatross/1.jpg"]
+    args = types.SimpleNamespace(weights="none", no_normalise=False, features=None)
+    cub.prepare(tmp_path, args)
+    assert "train/001.Albatross/1.jpg" in capsys.readouterr().out
     dataset = data.load("cub", tmp_path)
+    assert len(dataset.train.bases[0]) == 3 and len(dataset.train) == 30
     assert "unreadable photos left out: 1" in dataset.note
     texts = {cub.caption_text(c, dataset.words) for c in dataset.train.bases[1]}
     assert texts == {"caption 0", "caption 2", "caption 3"}
+    assert [p.name for p in cub.cub_photos(tmp_path)["train"]] == ["0.jpg", "0.jpg", "1.jpg"]
 
 
-def test_an_interrupted_extraction_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_extraction_is_resumed(tmp_path, monkeypatch):
     folder, read, count = shi(tmp_path), cub.read_photo, []
     files = cub.list_photos(folder, "train") + cub.list_photos(folder, "test")
 
@@ -91,7 +105,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(tmp_path, monkeypatch):
     assert np.array_equal(whole["x"], extract(net)["x"]) and net.seen == 2  # of six photos
 
 
-def test_features_are_cut_before_the_last_layer_and_batchnorm_statistics_frozen(tmp_path):
+def test_random_features_have_fixed_batchnorm_statistics(tmp_path):
     folder = shi(tmp_path)
     files = [f"train/001.Albatross/{k}.jpg" for k in range(2)] + ["test/003.Auklet/0.jpg"]
     torch.manual_seed(1)
@@ -106,7 +120,7 @@ def test_features_are_cut_before_the_last_layer_and_batchnorm_statistics_frozen(
     assert torch.allclose(small.norm.running_mean, batches.mean((0, 1, 3, 4)), atol=1e-6)
 
 
-def test_features_of_a_read_only_folder_are_kept_below_data(tmp_path, small_net, monkeypatch):
+def test_features_of_a_read_only_folder_go_to_data(tmp_path, small_net, monkeypatch):
     folder, here = shi(tmp_path), tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -129,7 +143,6 @@ def lacks(name):
 def one_more_photo(folder):
     cub.prepare_cub(folder.parent)
     photo(folder / "test" / "003.Auklet" / "2.jpg", 0)
-    (folder / "text_testclasses.txt").write_text("a bird\n" * 30)
 
 
 def no_photo(folder):
@@ -144,17 +157,15 @@ TRAIN, NINE, OTHERS = "text_trainvalclasses.txt", "a bird\n" * 9, "003.Auklet\n0
 @pytest.mark.parametrize(
     "layout, spoil, words",
     [
-        (shi, lacks("text_testclasses.txt"), ["text_testclasses.txt", "missing"]),
-        (shi, holds(TRAIN, "a bird\n" * 39), [TRAIN, "39 captions", "4 photos", "40 lines"]),
-        (shi, lambda at: cub.prepare_cub(at.parent, "none"), ["weights none", "IMAGENET1K_V1"]),
-        (shi, holds("features.npz", "PK\x03\x04 and no more"), ["features.npz", "damaged"]),
-        (shi, one_more_photo, ["features.npz", "(6)", "(7)"]),
-        (shi, no_photo, ["2 test photos", "cub"]),
-        (originals, holds("text_c10/002.Ani/1.txt", NINE), ["1.txt", "9 captions", "ten"]),
-        (originals, lacks("text_c10/002.Ani/1.txt"), ["1.txt", "missing"]),
-        (originals, lacks("testclasses.txt"), ["testclasses.txt"]),
-        (originals, lacks("trainclasses.txt"), ["trainvalclasses.txt"]),
-        (originals, holds("testclasses.txt", "002.Ani\n"), ["002.Ani", "training and"]),
+        (shi, lacks("text_testclasses.txt"), ["text_testclasses.txt cannot be read"]),
+        (shi, holds(TRAIN, "a bird\n" * 39), [TRAIN, "40 lines for 4 photos, not 39"]),
+        (shi, lambda at: cub.prepare_cub(at.parent, "none"), ["'none'", "'IMAGENET1K_V1'"]),
+        (shi, holds("features.npz", "PK\x03\x04 and no more"), ["features.npz cannot be read"]),
+        (shi, one_more_photo, ["features.npz", "6 photos", "the 7 in"]),
+        (shi, no_photo, ["none of the 2 test photos"]),
+        (originals, holds("text_c10/002.Ani/1.txt", NINE), ["1.txt must have ten", "not 9"]),
+        (originals, lacks("text_c10/002.Ani/1.txt"), ["1.txt cannot be read"]),
+        (originals, lacks("testclasses.txt"), ["testclasses.txt cannot be read"]),
         (originals, holds("testclasses.txt", OTHERS), ["004.Crow"]),
         (lambda root: (root / "cub").mkdir(), lambda at: None, DRIVE),
     ],
@@ -168,7 +179,7 @@ def test_bad_folders_get_one_sentence(tmp_path, small_net, layout, spoil, words)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_weights_that_cannot_be_downloaded_get_one_sentence(tmp_path, monkeypatch):
+def test_missing_weights_get_one_sentence(tmp_path, monkeypatch):
     shi(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
@@ -187,23 +198,32 @@ def test_archives_are_downloaded_checked_and_unpacked(tmp_path, small_net, monke
     archive(folder / "cvpr2016_cub.tar.gz", source / "cvpr2016_cub")
     archive(photos, source / "CUB_200_2011")
     monkeypatch.setattr(cub, "CUB_PHOTOS", photos.as_uri())
-    with pytest.raises(ValueError, match="MD5"):
+    retrieve = "torchvision.datasets.utils._urlretrieve"  # the one that shows progress by HTTP
+    monkeypatch.setattr(retrieve, lambda url, path: urllib.request.urlretrieve(url, path))
+    with pytest.raises(ValueError, match="cannot be downloaded: .*corrupted"):
         cub.prepare_cub(tmp_path, "none")
-    assert not list(folder.glob("CUB*"))
-    (folder / "CUB_200_2011.tgz").write_bytes(photos.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="CUB_200_2011.tgz is damaged"):
-        cub.prepare_cub(tmp_path, "none")
-    (folder / "CUB_200_2011.tgz").unlink()
-    monkeypatch.setattr(cub, "CUB_MD5", data.md5(photos))
-    assert cub.prepare_cub(tmp_path, "none")["photos"] == {"train": 4, "test": 2}
-    assert not [p for p in folder.iterdir() if "part" in p.name or p.name.count(".") > 2]
-    shutil.rmtree(folder / "cvpr2016_cub")
-    assert len(data.load("cub", tmp_path).train) == 40  # unpacked again
-    archive(folder / "cvpr2016_cub.tar.gz", None, [(tarfile.TarInfo("nothing.txt"), b"")])
-    shutil.rmtree(folder / "cvpr2016_cub")
-    with pytest.raises(ValueError, match="has no text_c10/"):
+    monkeypatch.setattr(cub, "CUB_MD5", calculate_md5(photos))
+    (folder / "CUB_200_2011.tgz").write_bytes(photos.read_bytes()[:-9])  # it is fetched again
+    cub.prepare_cub(tmp_path, "none")
+    dataset = data.load("cub", tmp_path)
+    assert [len(split.bases[0]) for split in (dataset.train, dataset.test)] == [4, 2]
+    names = {"CUB_200_2011", "CUB_200_2011.tgz", "cvpr2016_cub", "cvpr2016_cub.tar.gz"}
+    assert {p.name for p in folder.iterdir()} == names | {"features.npz"}
+
+
+@pytest.mark.parametrize("spoiled", ["truncated", "another"])
+def test_a_bad_archive_leaves_no_folder(spoiled, tmp_path):
+    source, folder = packed_originals(tmp_path), tmp_path / "cub"
+    folder.mkdir()
+    path = folder / "cvpr2016_cub.tar.gz"
+    if spoiled == "truncated":
+        archive(path, source / "cvpr2016_cub")
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        archive(path, source / "CUB_200_2011")
+    with pytest.raises(ValueError, match="cvpr2016_cub.tar.gz (cannot be read|must hold)"):
         data.load("cub", tmp_path)
-    assert not (folder / "cvpr2016_cub").exists()
+    assert list(folder.iterdir()) == [path]
 
 
 # ----------------------------------------------------------------- word vectors and correlations
@@ -220,7 +240,7 @@ def sentences(n):
     return cub.encode_captions(captions, words), words
 
 
-def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters_numbered_as_they_occur():
+def test_units_are_words_and_ngrams_of_3_to_6_letters():
     grams = {
         "wing": "<wing> <wi <win <wing ing ing> ng> win wing wing>",
         "wings": "<wings> <wi <win <wing <wings gs> ing ings ings> ngs ngs> win wing wings wings>",
@@ -239,7 +259,7 @@ def test_units_are_the_word_and_its_ngrams_of_3_to_6_letters_numbered_as_they_oc
 
 
 def skipgram_draws(captions, draws=10, seed=0):
-    """Sentences as word2vec sees them: frequent words dropped at random. -> lists of words"""
+    """Sentences as word2vec samples them: frequent words are dropped at random. Yields lists."""
     words = [w for caption in captions.tolist() for w in caption if w > 2]  # 0 to 2: specials
     count, generator = Counter(words), torch.Generator().manual_seed(seed)
     for _ in range(draws):
@@ -253,7 +273,7 @@ def skipgram_draws(captions, draws=10, seed=0):
             yield kept
 
 
-def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
+def test_skipgram_counts_have_dropped_words_and_random_windows():
     x = torch.tensor([[3, 4, 5, 6, 7, 2, 1, 1], [3, 0, 3, 4, 4, 3, 2, 1]])
     torch.manual_seed(1)  # the draws have a generator of their own, from seed 0
     pairs, frequency = cub.skipgram_counts(x.repeat(20, 1), 9)
@@ -271,8 +291,8 @@ def test_skipgram_counts_are_those_of_dropped_words_and_random_windows():
 
 
 @pytest.mark.parametrize("total, steps", [(8000.5, 3), (7998.5, 2), (90, 1)])
-def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(total, steps, monkeypatch):
-    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),  m_ij = 5 (Σ_k n_ik) p_j, of frequency^.75"""
+def test_word_vectors_are_gradient_ascent_on_the_skipgram_objective(total, steps, monkeypatch):
+    """Σ_ij n_ij log σ(h_i·o_j) + m_ij log σ(-h_i·o_j),  m_ij = 5 (Σ_k n_ik) p_j, p ∝ frequency^¾"""
     tokens, words = sentences(60)
     v, rng, asked = len(words), np.random.default_rng(0), []
     often = np.concatenate([[0, 0, 0], np.logspace(0, 2, v - 3)])
@@ -306,7 +326,7 @@ def test_word_vectors_climb_the_skipgram_objective_with_its_negatives(total, ste
 
 
 def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
-    """Skip-gram with negatives as it is usually written: pair by pair, word by word."""
+    """Skip-gram with negative sampling as it is usually written: pair by pair, word by word."""
     rng, units = np.random.default_rng(0), cub.character_ngrams(words)[0].to_dense().numpy()
     of = [np.flatnonzero(row) for row in units]
     e = (2 * rng.random((units.shape[1], dim)) - 1) / dim
@@ -328,7 +348,7 @@ def sampled_vectors(tokens, words, dim, epochs, lr, negative=5):
     return np.stack([e[row].mean(0) if len(row) else np.zeros(dim) for row in of])
 
 
-def test_word_vectors_lie_as_those_of_skipgram_with_five_sampled_negatives():
+def test_word_vectors_resemble_those_of_five_sampled_negatives():
     tokens, words = sentences(40)
     options = dict(dim=8, epochs=600, lr=0.2)  # small steps, in which samples are as expected
     found, sampled = (
@@ -340,7 +360,7 @@ def test_word_vectors_lie_as_those_of_skipgram_with_five_sampled_negatives():
     assert np.abs(one @ one.T - two @ two.T).mean() < 0.15
 
 
-def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypatch):
+def test_word_vectors_are_cached_until_the_captions_change(tmp_path, monkeypatch):
     (tokens, words), calls = sentences(50), []
 
     def trained(captions, words, device):
@@ -355,10 +375,9 @@ def test_word_vectors_are_kept_and_a_damaged_file_is_replaced(tmp_path, monkeypa
     assert cub.cached_word_vectors(tmp_path, tokens[:40], words).shape == (len(words), 300)
     assert calls == [50, 40, 40]
     assert [p.name for p in (tmp_path / "cub").iterdir()] == ["words.npz"]
-    assert cub.cached_word_vectors(tmp_path / "nowhere", tokens, words).any()
 
 
-def test_sentence_vectors_average_the_words_before_the_end():
+def test_a_sentence_vector_averages_the_words_before_the_end():
     words = ["<exc>", "<pad>", "<eos>", "red", "blue"]
     vectors = np.array([[9.0], [9], [9], [1], [3]])
     tokens = np.array([[3, 4, 2, 4], [0, 3, 3, 2], [2, 3, 3, 3], [4, 1, 3, 4], [4, 2, 1, 1]])
@@ -367,7 +386,7 @@ def test_sentence_vectors_average_the_words_before_the_end():
 
 
 class Turned(nn.Module):
-    """Seen an image or a caption, it samples z, and decodes what z says; its means are nonsense."""
+    """Its posterior samples z from the input and decodes z; its mean is another z."""
 
     def __init__(self, n_words):
         super().__init__()
@@ -391,32 +410,24 @@ class Turned(nn.Module):
         return [z.repeat(1, 5), nn.functional.one_hot(says, self.n_words).float()]
 
 
-def test_each_test_pair_is_generated_the_other_way_round_from_a_sample():
+def test_each_modality_is_generated_from_a_sample_given_the_other():
     index = torch.arange(600)
     bases = [torch.arange(60.0)[:, None], torch.stack([(7 * index) % 11 + 3] * 4, 1)]
     split = data.Split(bases, [index // 10, index])
     model = Turned(n_words=70)
     features, captions = cub.cross_generate(model, split)
     assert torch.equal(torch.from_numpy(features), bases[1][:, :1].repeat(1, 5) + 20.0)
-    assert captions[:, 0].tolist() == (index // 10).tolist() and captions[0].tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert captions[:, 0].tolist() == (index // 10).tolist()
+    assert captions[0].tolist() == [0, 1, 2, 3]
     assert model.seen == [256, 256, 256, 256, 88, 88]
     features, captions = cub.joint_generate(model)
     assert model.drawn == [250] * 4 and features.shape == (1000, 5) and captions.shape == (1000, 4)
-    assert (features[:, 0] % 70 == captions[:, 0]).all() and features[[0, 999], 0].tolist() == [
-        100,
-        649,
-    ]
+    assert (features[:, 0] % 70 == captions[:, 0]).all()
+    assert features[[0, 999], 0].tolist() == [100, 649]
     assert len(cub.joint_generate(model, 7, 5)[0]) == 7 and model.drawn[4:] == [5, 2]
 
 
-def test_correlations_are_fitted_to_training_pairs_and_asked_of_what_is_generated(
-    tmp_path, monkeypatch
-):
+def test_correlations_are_fit_on_training_and_measured_on_generated_pairs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*cub.SPECIALS, *"abcdefg"]
     rng, splits = np.random.default_rng(0), []
@@ -455,7 +466,7 @@ def test_the_nearest_photo_is_the_euclidean_one():
 
 
 class Faithful(nn.Module):
-    """z holds what was observed: the row of the test split that comes nearest. reads: captions"""
+    """z is the row of the test split nearest to the input; reads=False: captions are ignored."""
 
     def __init__(self, dataset, reads=True):
         super().__init__()

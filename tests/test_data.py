@@ -1,22 +1,21 @@
-"""Pairing masks, batches, the data sets of digits, a user's own arrays, archives and downloads."""
+"""Splits, pairing, batches, the files of an .npz, and how files are written."""
 
-import io
 import itertools
-import tarfile
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from benchmarks import digits
-from benchmarks.glyphs import glyphs
-from helpers import MOLECULES, archive, offline, record, shi, tiny
+from benchmarks import spectra
+from helpers import MOLECULES, record, shi, tiny
 
 AB = "a", "b"
 
 
-def test_who_is_paired_is_drawn_at_random_and_the_rest_is_shared_out():
+def test_pairs_are_drawn_at_random_and_the_rest_shared_out():
     names, everyone = ("a", "b", "c"), set(range(20))
     alone = [(True, False, False), (False, True, False), (False, False, True)]
     for unpaired in ("split", "rest", "all", "c", "none"):
@@ -45,10 +44,10 @@ def zero():
 @pytest.mark.parametrize(
     "paired, unpaired, match",
     [
-        (0, "split", "paired is the fraction"),
-        (-0.1, "split", "paired is the fraction"),
-        (1.01, "split", "paired is the fraction"),
-        (0.5, "c", "one of a, b, not 'c'"),
+        (0, "split", "--paired must be a fraction"),
+        (-0.1, "split", "--paired must be a fraction"),
+        (1.01, "split", "--paired must be a fraction"),
+        (0.5, "c", "--unpaired must be one of split, all, rest, none, a, b, not 'c'"),
         (0.04, "split", "0.04 of 10 examples leaves none"),
     ],
 )
@@ -57,7 +56,7 @@ def test_a_pairing_that_cannot_be_is_refused(paired, unpaired, match):
         data.pairing(10, AB, paired, unpaired)
 
 
-def test_a_mask_of_the_data_makes_its_patterns_the_streams_the_fullest_first():
+def test_the_patterns_of_a_mask_are_streams_fullest_first():
     mask = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]]).bool()
     streams = data.pairing(4, AB, mask=mask)
     assert streams[0][0] == (True, True) and streams[0][1].tolist() == [0, 2]
@@ -68,7 +67,7 @@ def test_a_mask_of_the_data_makes_its_patterns_the_streams_the_fullest_first():
     every = list(itertools.product((False, True), repeat=6))[1:]
     found = [shown for shown, _ in data.patterns(torch.tensor(every))]
     assert found == sorted(every, key=lambda shown: -sum(shown))
-    with pytest.raises(ValueError, match="example 1"):
+    with pytest.raises(ValueError, match="row 1"):
         data.pairing(3, AB, mask=torch.tensor([[1, 0], [0, 0], [0, 1]]).bool())
 
 
@@ -87,11 +86,11 @@ def of_sizes(*sizes):
         ((3, 41, 8), 8, "balanced", ([3, 8, 8], 6)),  # 41 / 8, rounded up
     ],
 )
-def test_the_shares_of_a_step(sizes, batch_size, sampling, expected):
-    assert data.shares(of_sizes(*sizes), batch_size, sampling) == expected
+def test_the_sizes_of_a_step_and_the_steps_of_an_epoch(sizes, batch_size, sampling, expected):
+    assert data.batch_sizes(of_sizes(*sizes), batch_size, sampling) == expected
 
 
-def test_a_split_holds_its_bases_once_and_shows_them_as_numbers():
+def test_a_split_holds_its_bases_once_and_gives_numbers():
     bases = [torch.tensor([[0], [51], [255]]).byte(), torch.tensor([[True], [False]])]
     bases.append(torch.tensor([[7], [8], [9]]))
     rows = [torch.tensor([2, 1, 1, 0]), torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 2, 0])]
@@ -104,7 +103,7 @@ def test_a_split_holds_its_bases_once_and_shows_them_as_numbers():
     few = split.first(2)
     assert len(few) == 2 and [r.tolist() for r in few.rows] == [[2, 1], [1, 0], [0, 1]]
     assert few.labels.tolist() == [5, 6] and few.bases[0] is bases[0]
-    shown = data.show(split, (False, True, False), torch.tensor([0, 2]))
+    shown = data.select(split, (False, True, False), torch.tensor([0, 2]))
     assert shown[0] is None and shown[2] is None and shown[1].tolist() == [[0], [1]]
     assert [x.tolist() for x in data.Split(iter(bases), iter(rows))[0]] == [[1], [0], [7]]
     bare = data.Split(iter(bases[::2]))
@@ -116,7 +115,7 @@ def test_a_split_holds_its_bases_once_and_shows_them_as_numbers():
         assert (there.shape, there.dtype) == (here.shape, here.dtype)
 
 
-def test_observed_takes_different_examples_spread_over_the_rows_of_what_is_shown():
+def test_observed_examples_are_different_and_spread_over_the_rows():
     bases = [torch.arange(10.0)[:, None], 100 + torch.arange(40.0)[:, None]]
     rows = [torch.arange(40) // 4, torch.arange(40)]  # four examples share a row of the first
     split = data.Split(bases, rows)
@@ -164,7 +163,7 @@ def test_ranks_share_a_step_out_without_loss(sampling):
             assert mean == pytest.approx(weight * xs[m].mean().item(), rel=1e-5)
 
 
-def test_a_stream_that_runs_out_is_shuffled_again_and_its_order_is_the_generator_s():
+def test_an_exhausted_stream_is_shuffled_again_by_the_generator():
     def drawn(seed, sampling="natural", **rank):  # 3 paired, in passes of 3; 9 alone
         steps = epoch(12, 0.25, "a", 4, sampling, seed=seed, **rank)
         for stream in range(2):
@@ -203,7 +202,7 @@ def test_the_ranks_are_dealt_a_step_like_cards():
 @pytest.mark.parametrize(
     "case", [(10, 1, "split", 8, "balanced"), (9, 1 / 3, "split", 4, "natural")]
 )
-def test_a_rank_without_an_example_gets_one_of_no_weight(case):
+def test_a_rank_without_an_example_gets_one_of_weight_0(case):
     for parts in zip(*(epoch(*case, rank, 4) for rank in range(4)), strict=True):
         assert all(parts)
         for _, xs, shown in (entry for part in parts for entry in part if entry[0] == 0):
@@ -222,62 +221,66 @@ def test_balanced_sampling_is_one_pass_over_the_largest_stream():
     assert seen.flatten().sort()[0].tolist() == list(range(10))
 
 
-def test_glyphs_are_the_same_digit_twice_and_the_same_each_time():
-    a, b = data.load("glyphs", limit=50), glyphs(10_000, seed=0)
-    assert len(a.train) == 50 and len(a.test) == 2000
-    index, shapes = torch.arange(50), [(1, 28, 28), (3, 32, 32)]
-    for x, y, shape in zip(a.train[index], b[index], shapes, strict=True):
-        assert x.shape == (50, *shape) and torch.equal(x, y) and 0 <= x.min() and x.max() <= 1
-    assert set(a.train.labels.tolist()) == set(range(10))
+# ------------------------------------------------------------------------------------------- groups
 
 
-def test_glyphs_have_six_hues_on_dark_opposites_that_say_nothing_of_the_digit():
-    split = glyphs(4000, seed=3)
-    x = split[torch.arange(4000)][1].flatten(2)  # (n, 3, 1024)
-    ink, paper = x.quantile(0.97, -1), x.quantile(0.03, -1)  # of each channel
-    assert paper.max() < 0.35 and ink.amax(1).min() > 0.8 and ink.amin(1).max() < 0.4
-    hue = ((ink > 0.6) * torch.tensor([1, 2, 4])).sum(1)
-    assert ((paper > 0.15) * torch.tensor([1, 2, 4])).sum(1).equal(7 - hue)
-    table = torch.zeros(10, 8).index_put_((split.labels, hue), torch.ones(4000), accumulate=True)
-    table = table[:, 1:7]
-    expected = table.sum(1, keepdim=True) * table.sum(0) / 4000
-    assert table.sum() == 4000 and table.min() > 30
-    assert ((table - expected) ** 2 / expected).sum() < 95  # 45 degrees of freedom: p < 1e-4
+def sizes(*counts):
+    """Groups with these numbers of examples, their examples scattered."""
+    groups = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return groups[torch.randperm(len(groups), generator=zero())]
 
 
-def test_pairs_of_mnist_and_svhn_show_the_same_digit(small_root):
-    arrays = data.read_npz(small_root / "svhn.npz")
-    arrays["train_y"][arrays["train_y"] == 0] = 10  # as SVHN's own files call it
-    np.savez(small_root / "svhn.npz", **arrays)
-    dataset = data.load("mnist-svhn", small_root)
-    assert (len(dataset.train), len(dataset.test)) == (45, 20)  # per class the fewer of both
-    for labels, rows in zip((np.arange(60) % 10, np.arange(45) % 10), dataset.train.rows):
-        assert (labels[rows] == dataset.train.labels.numpy()).all()
-        assert len(rows.unique()) == 45
-    assert len(digits.load_mnist_svhn(small_root, repeats=3).train) == 135
+def test_no_group_is_cut_in_two_by_any_seed():
+    groups = sizes(1, 9, 2, 17, 4, 30, 3, 8, 21, 5, 60, 2, 11, 6)
+    n = len(groups)
+    for seed, unpaired in itertools.product(range(50), ("split", "rest", "a", "none")):
+        (_, pairs), *others = data.pairing(n, ("a", "b", "c"), 0.4, unpaired, seed, groups=groups)
+        streams = [pairs, *(index for _, index in others)]
+        streams = streams[:2] if unpaired == "rest" else streams  # the others repeat the second
+        members = [set(groups[index].tolist()) for index in streams]
+        assert sum(map(len, members)) == len(set.union(*members)), (seed, unpaired)
+        for found, index in zip(members, streams):
+            assert len(index) == sum(int((groups == group).sum()) for group in found)
+        if unpaired != "none":
+            assert sorted(torch.cat(streams).tolist()) == list(range(n))
 
 
-@pytest.mark.parametrize("name, height", [("mnist-split", 28), ("mnist-split3", 27)])
-def test_bands_put_together_are_the_image(small_root, name, height):
-    images = digits.mnist(small_root, True)[0]
-    xs = data.load(name, small_root).train[torch.arange(60)]
-    torch.testing.assert_close(torch.cat(xs, 2), images[:, :, :height].float() / 255)
+def test_whole_groups_give_the_nearest_counts():
+    groups = sizes(*[3] * 40)  # ends at multiples of 3
+    for seed in range(10):
+        streams = data.pairing(120, ("a", "b"), 0.4, "split", seed, groups=groups)
+        assert [len(index) for _, index in streams] == [48, 36, 36]
+        streams = data.pairing(120, ("a", "b"), 0.41, "split", seed, groups=groups)  # 49.2
+        assert [len(index) for _, index in streams] == [48, 36, 36]
+        streams = data.pairing(120, ("a", "b"), 0.42, "split", seed, groups=groups)  # 50.4
+        assert len(streams[0][1]) == 51
+    first, again, other = (
+        data.pairing(120, ("a", "b"), 0.4, "split", seed, groups=groups)[0][1] for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and set(first.tolist()) != set(other.tolist())
 
 
-def test_digits_that_are_damaged_or_cannot_be_had_are_one_sentence(small_root, monkeypatch):
-    raw = small_root / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    raw.write_bytes(raw.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte is damaged"):
-        data.load("mnist-split", small_root)
-    for name in ("MNIST", "SVHN"):
-        monkeypatch.setattr(f"torchvision.datasets.{name}.download", offline)
-    for name in ("mnist-split", "mnist-svhn"):
-        with pytest.raises(ValueError, match="could not be downloaded .*no network") as error:
-            data.load(name, small_root / "none")
-        assert "\n" not in str(error.value) and not (small_root / "none").exists()
-    with pytest.raises(ValueError, match="there is no data set 'nope'"):
-        data.load("nope")
+def test_groups_of_one_give_the_counts_without_groups():
+    for groups in (None, torch.arange(50)):
+        streams = data.pairing(50, ("a", "b"), 0.3, "split", 1, groups=groups)
+        assert [len(index) for _, index in streams] == [15, 18, 17]
 
+
+def test_a_hidden_fingerprint_is_hidden_in_all_spectra_of_its_compound(tmp_path):
+    pytest.importorskip("rdkit")
+    peaks = ["57.07 100\n71.08 25", "60.1 3\n99.2 9", "61.1 3\n98.2 9"]
+    (tmp_path / "a.msp").write_text("".join(record(s, p) for p in peaks for s in MOLECULES))
+    spectra.prepare_spectra(tmp_path, tmp_path / "a.msp")
+    dataset = data.load("spectra", tmp_path)
+    assert torch.equal(dataset.groups, dataset.train.rows[1])
+    assert len(data.load("spectra", tmp_path, limit=12).groups) == 12
+    fixed = 1, dataset.mask, dataset.groups
+    (_, pairs), (_, alone) = data.pairing(15, dataset.names, 0.5, "spectrum", *fixed)
+    shown, hidden = (set(dataset.train.rows[1][index].tolist()) for index in (pairs, alone))
+    assert (len(pairs), len(alone)) == (9, 6) and not shown & hidden
+
+
+# -------------------------------------------------------------------------------------------- files
 
 GOOD = {"train_0": np.zeros((4, 3), "f4"), "train_1": np.ones((4, 2))}
 GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
@@ -286,18 +289,24 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"train_1": None}, "'train_1'"),
-        ({"extra": np.zeros(1)}, "unknown array 'extra'"),
-        ({"train_1": np.ones((5, 2))}, "train_1 .* the 4 examples"),
-        ({"test_1": np.ones((2, 9))}, "test_1 .* does not fit"),
-        ({"train_0": np.full((4, 3), np.nan)}, "train_0 .* not finite"),
-        ({"train_mask": np.ones((4, 3), bool)}, "train_mask"),
-        ({"train_mask": np.ones((2, 4), bool)}, "train_mask .* the 4 examples"),
-        ({"train_labels": np.ones(3, int)}, "train_labels"),
-        ({"train_0": np.array([["a"]] * 4)}, "train_0 .* numbers"),
-        ({"train_0": np.array([[None]] * 4)}, "plain arrays"),
-        ({"train_0": np.zeros((4, 3, 3, 3))}, "train_0 .* smaller than 8 x 8"),
-        ({"train_0": np.full((4, 8, 8), 7.0)}, "train_0 .* neither bytes nor"),
+        ({"train_1": None}, "no array train_1"),
+        ({"test_1": None}, "no array test_1"),
+        ({"extra": np.zeros(1)}, "an array 'extra'"),
+        ({"train_1": None, "test_1": None}, "two modalities or more, not 1"),
+        ({"train_split": np.ones(4), "test_split": np.ones(2)}, "called 'split'"),
+        ({"train_a,b": np.ones(4), "test_a,b": np.ones(2)}, "called 'a,b'"),
+        ({"train_1": np.ones((5, 2))}, "as many rows"),
+        ({"train_1": np.ones((0, 2))}, "train_1 must be numeric"),
+        ({"test_1": np.ones((2, 9))}, r"1 is \(4, 2\) in training, \(2, 9\) in the test"),
+        ({"train_mask": np.ones((4, 3), bool)}, r"train_mask .*\(4, 2\)"),
+        ({"train_mask": np.ones((2, 4), bool)}, "as many rows"),
+        ({"train_mask": np.full((4, 2), 0.5)}, "train_mask must hold 0 and 1"),
+        ({"train_mask": np.array([[1, 0]] * 4)}, "no training example shows 1"),
+        ({"train_labels": np.ones(3, int)}, "as many rows"),
+        ({"train_labels": np.ones(4)}, "train_labels must hold one integer"),
+        ({"train_0": np.array([["a"]] * 4)}, "train_0 must be numeric"),
+        ({"train_0": np.array([[None]] * 4)}, "cannot be read"),
+        ({"train_0": np.zeros((4, 3, 3, 3)), "test_0": np.zeros((2, 3, 3, 3))}, "smaller than 8 x"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused_by_name(tmp_path, change, match):
@@ -313,66 +322,83 @@ def test_arrays_that_do_not_fit_are_refused_by_name(tmp_path, change, match):
 def test_a_file_that_is_cut_or_not_there_is_named(tmp_path):
     np.savez(tmp_path / "cut.npz", **GOOD)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:200])
-    for name, match in ("cut.npz", "damaged"), ("absent.npz", "no file"):
-        with pytest.raises(ValueError, match=match) as error:
+    for name in "cut.npz", "absent.npz":
+        with pytest.raises(ValueError, match=f"{name} cannot be read: "):
             data.load(str(tmp_path / name))
-        assert name in str(error.value)
+    np.savez(tmp_path / "a.npz", x=np.ones(2), y=np.ones(1))
+    assert list(data.read_npz(tmp_path / "a.npz", ["y"])) == ["x", "y"]
+    with pytest.raises(ValueError, match="a.npz has no array 'z', only x, y"):
+        data.read_npz(tmp_path / "a.npz", ["x", "z"])
 
 
-def test_archives_cannot_leave_their_folder_or_make_links(tmp_path):
-    def member(name, kind=tarfile.REGTYPE, target="", size=0):
-        info = tarfile.TarInfo(name)
-        info.type, info.linkname, info.size = kind, target, size
-        return info
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.npz"
+    data.save_npz(path, x=np.arange(3))
+    before = path.read_bytes()
 
-    def unpacked(name, folder):
-        data.unpack(tmp_path / name, tmp_path / "cub" / folder, ".", ".txt")
+    def half(file):
+        file.write(before[:50])
+        raise OSError(28, "No space left on device")
 
-    for name in ("../out.txt", "a/../../out.txt", str(tmp_path / "out.txt")):
-        archive(tmp_path / "out.tgz", None, [(member(name, size=2), b"hi")])
-        with pytest.raises(ValueError, match="outside"):
-            unpacked("out.tgz", "x")
-    links = [(member(name, tarfile.SYMTYPE, str(tmp_path)), None) for name in ("away", "away.txt")]
-    archive(tmp_path / "link.tgz", None, [*links, (member("away/out.txt", size=2), b"hi")])
-    unpacked("link.tgz", "y")
-    assert (tmp_path / "cub" / "y" / "away" / "out.txt").read_text() == "hi"
-    assert not (tmp_path / "out.txt").exists()
-    assert not any(p.is_symlink() for p in (tmp_path / "cub").rglob("*"))
-    (tmp_path / "cut.tgz").write_bytes((tmp_path / "link.tgz").read_bytes()[:60])
-    for bad in ("cut.tgz", "none.tgz"):
-        with pytest.raises(ValueError, match="cannot be unpacked"):
-            unpacked(bad, "z")
-    assert sorted(p.name for p in (tmp_path / "cub").iterdir()) == ["y"]
+    for write in (half, lambda file: os.remove("absent")):
+        with pytest.raises(OSError):
+            data.atomic_write(path, write)
+        assert path.read_bytes() == before and os.listdir(path.parent) == ["a.npz"]
+    data.atomic_write(path, lambda file: file.write(b"other"))
+    assert path.read_bytes() == b"other" and os.listdir(path.parent) == ["a.npz"]
+    data.write_csv(tmp_path / "a.csv", [{"epoch": 1, "b": 0.5}, {"epoch": 2, "b": float("nan")}])
+    assert (tmp_path / "a.csv").read_bytes() == b"epoch,b\r\n1,0.5\r\n2,nan\r\n"
 
 
-def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    def short(url, timeout):
-        connection = io.BytesIO(b"abc")
-        connection.headers = {"Content-Length": "10"}
-        return connection
-
-    for answer, reason in (offline, "no network"), (short, "3 of 10 bytes"):
-        monkeypatch.setattr("urllib.request.urlopen", answer)
-        with pytest.raises(ValueError, match=f"{reason}.*put it at .*a.msp by hand"):
-            data.download("https://localhost/a.msp", tmp_path / "spectra" / "a.msp")
-        assert not list(tmp_path.rglob("*a.msp*"))
+def test_what_is_prepared_lies_below_the_data_or_here_if_read_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "root" / "cub").mkdir(parents=True)
+    inside = tmp_path / "root" / "cub" / "features.npz"
+    assert data.prepared(tmp_path / "root", "cub", "features.npz") == inside
+    (tmp_path / "root" / "cub").chmod(0o555)
+    assert data.prepared(tmp_path / "root", "cub", "features.npz") == Path("data/cub/features.npz")
+    (tmp_path / "root" / "cub").chmod(0o755)
 
 
-def test_data_py_prepares_and_says_what_there_is(tmp_path, small_net, monkeypatch, capsys):
+# --------------------------------------------------------------------------------- python data.py
+
+
+def test_a_grid_has_the_images_of_each_row(tmp_path):
+    from PIL import Image
+
+    rows = [torch.rand(3, 1, 14, 28), torch.rand(3, 3, 32, 32)]
+    assert [data.is_image(x) for x in (*rows, torch.rand(3, 2, 8, 8), torch.rand(3, 4))] == [
+        True, True, False, False
+    ]  # fmt: skip
+    assert data.save_grid(rows, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image)[::2, ::2] / 255  # tiles of 64 pixels and more: twice as large
+    assert pixels.shape == (2 * 34 + 2, 3 * 34 + 2, 3)
+    for k in range(3):
+        left = 2 + 34 * k
+        grey, colour = pixels[2:16, left : left + 28], pixels[36:68, left : left + 32]
+        assert abs(grey - rows[0][k].permute(1, 2, 0).numpy()).max() < 0.003
+        assert abs(colour - rows[1][k].permute(1, 2, 0).numpy()).max() < 0.003
+
+
+def test_data_py_prepares_a_data_set_and_prints_its_sizes(tmp_path, small_net, monkeypatch, capsys):
     pytest.importorskip("rdkit")
     monkeypatch.chdir(tmp_path)
     shi(tmp_path / "new")
     (tmp_path / "a.msp").write_text("".join(map(record, MOLECULES)))
+    np.savez("own.npz", **GOOD)
     for flags, sizes in [
         (["cub", "--weights", "none"], "40 examples to train, 20 to test"),
         (["spectra", "--msp", "a.msp"], "5 examples to train, 1 to test"),
         (["glyphs"], "10,000 examples to train, 2,000 to test"),
+        (["own.npz"], "4 examples to train, 2 to test"),
     ]:
         data.main([*flags, "--data", "new"])
         assert sizes in capsys.readouterr().out
     assert (tmp_path / "preview-glyphs.png").stat().st_size > 5000
-    with pytest.raises(SystemExit) as stop:
-        data.main(["cub", "--data", "absent"])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and "absent" in message
+    for bad in (["cub", "--data", "absent"], ["nope"]):
+        with pytest.raises(SystemExit) as stop:
+            data.main(bad)
+        said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("usage:")]
+        assert stop.value.code == 2 and bad[-1] in said[-1]
     assert not (tmp_path / "absent").exists()

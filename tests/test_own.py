@@ -1,4 +1,4 @@
-"""A user's own arrays through eval.py: what is regenerated, filled in, drawn and printed."""
+"""A user's own arrays in eval.py: metrics, --fill, figures, text."""
 
 import json
 import math
@@ -12,15 +12,15 @@ from torch.distributions import Bernoulli, Categorical, Laplace, Poisson
 
 import data
 import eval as evaluation
-from benchmarks import drawing, npz, tables
+from benchmarks import drawing, figures, npz, tables
 from helpers import train
 
 MODALITIES = "picture", "floats", "bits", "counts", "kind"
 
 
 def examples(n, seed):
-    """Everything a user may have, told by two numbers: pictures as bytes, floats around 1000 and of
-    size 1e-3, bits, counts, one of four classes; and labels, two of them."""
+    """One array of every kind, which depend on two numbers: pictures as bytes, floats of size 1000
+    and 1e-3, bits, counts, four classes; and two labels."""
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(2, n))
     grid = np.mgrid[:8, :10]
@@ -37,7 +37,7 @@ def examples(n, seed):
 
 
 def save(path, kept=MODALITIES, n=120, **more):
-    """An .npz of the modalities `kept` -> its test arrays by name"""
+    """An .npz of the modalities `kept`. -> its test arrays by name"""
     splits = {"train": examples(n, 0), "test": examples(n // 2, 1)}
     named = {f"{part}_{k}": x[k] for k in (*kept, "labels") for part, x in splits.items()}
     np.savez(path, **named | more)
@@ -45,7 +45,7 @@ def save(path, kept=MODALITIES, n=120, **more):
 
 
 def brief(tmp_path, script="mvae", kept=MODALITIES, epochs=1, more=(), **flags):
-    """A run on such data. -> its folder, the test arrays"""
+    """A short run on such an .npz. -> its folder, the test arrays"""
     test = save(tmp_path / "own.npz", kept, **dict(more))
     run = tmp_path / "run"
     sizes = dict(epochs=epochs, latent_dim=4)
@@ -65,20 +65,24 @@ def metrics_of(run):
 
 
 def loaded(run):
-    """-> the model, its data set as eval.py sees it"""
+    """-> the run, its data set as eval.py prepares it"""
     found = evaluation.load_run(run)
     found.model.requires_grad_(False)
     return found, evaluation.prepare(found.args["dataset"], ".", "cpu", found.args["spec"])[0]
 
 
 def r2(x, guess):
-    """Of each feature, against the mean of x."""
+    """R² of each feature, against the mean of x."""
     return 1 - ((x - guess) ** 2).sum(0) / ((x - x.mean(0)) ** 2).sum(0)
 
 
-def test_what_is_regenerated_is_scored_by_the_definitions(tmp_path):
-    """R² and accuracy in the data's units, of the mean over 20 draws of z; log p(x|z) as
-    torch.distributions has it; each from itself, each other one, all and the training mean."""
+def stats_of(run, name):
+    return run.args["spec"]["arrays"][name]["stats"]
+
+
+def test_regenerated_arrays_are_scored_by_the_definitions(tmp_path):
+    """R² and accuracy in the data's units, of the mean over 20 samples of z; log p(x|z) by
+    torch.distributions; from itself, each other one, all and the training mean."""
     mask = np.random.default_rng(2).random((120, 5)) < 0.7
     mask[:5] = np.eye(5)
     run, test = brief(tmp_path, more={"train_mask": mask})
@@ -92,11 +96,11 @@ def test_what_is_regenerated_is_scored_by_the_definitions(tmp_path):
     assert list(nats)[:7] == [f"{a}->picture" for a in sources]
     for source in (*MODALITIES, "all"):
         shown = [source in (name, "all") for name in MODALITIES]
-        xs = data.show(dataset.test, shown, torch.arange(60))
+        xs = data.select(dataset.test, shown, torch.arange(60))
         torch.manual_seed(3)
         z = own.model.posterior(*xs).sample((20,))
         picture, floats, bits, counts, kind = (x.mean(0).numpy() for x in own.model.decode(z))
-        floats = data.unstandardise(floats.astype(float), dataset.spec["standardise"]["floats"])
+        floats = data.unstandardise(floats.astype(float), stats_of(own, "floats"))
         for name, guess in dict(floats=floats, counts=counts).items():
             expected = r2(test[name].astype(float), guess).mean()
             assert r2s[f"{source}->{name}"] == pytest.approx(expected, abs=1e-5)
@@ -136,7 +140,7 @@ def test_what_is_regenerated_is_scored_by_the_definitions(tmp_path):
         assert nats[f"training mean->{name}"] == pytest.approx(log_p, rel=1e-3)
 
 
-def test_examples_may_share_what_a_base_holds_once(tmp_path):
+def test_examples_may_share_a_row_of_a_base(tmp_path):
     own, dataset = loaded(brief(tmp_path, kept=("floats", "bits"))[0])
     rows = [torch.arange(60), torch.arange(60) % 7]
     shared = data.Split([base[: 60 - 53 * m] for m, base in enumerate(dataset.test.bases)], rows)
@@ -146,7 +150,7 @@ def test_examples_may_share_what_a_base_holds_once(tmp_path):
     assert 0 <= min(found[0]["regenerated_accuracy"].values())
 
 
-def test_a_planted_linear_relation_is_found_as_least_squares_finds_it(tmp_path):
+def test_a_linear_relation_is_found_as_by_least_squares(tmp_path):
     rng = np.random.default_rng(0)
     weights, arrays = rng.normal(size=(4, 3)), {}
     for part, n in (("train", 2000), ("test", 500)):
@@ -171,14 +175,14 @@ PARTS = ("train", 2000), ("test", 500)
 # ----------------------------------------------------------------------------------------- filled
 
 
-def test_the_errors_of_what_is_filled_in_are_those_of_the_evaluation(tmp_path, capsys):
+def test_filled_arrays_have_the_errors_of_the_evaluation(tmp_path, capsys):
     run, test = brief(tmp_path, epochs=3)
     evaluate(run, "--no-likelihoods", "--seed", 5)
     metrics = metrics_of(run)
     r2s, rights = metrics["regenerated_r2"], metrics["regenerated_accuracy"]
     new, out = tmp_path / "new.npz", tmp_path / "sub" / "filled.npz"
     for given in ("absent", "hidden"):
-        floats = np.full_like(test["floats"], math.nan)  # what is hidden may be anything
+        floats = np.full_like(test["floats"], math.nan)  # hidden entries may hold anything
         rest = {name: test[name] for name in MODALITIES} | {"floats": floats}
         rest |= {"mask": np.tile([1, 0, 0, 0, 0], (60, 1))}
         np.savez(new, **({"picture": test["picture"]} if given == "absent" else rest))
@@ -200,19 +204,19 @@ def test_the_errors_of_what_is_filled_in_are_those_of_the_evaluation(tmp_path, c
     assert "floats, shown in 0 rows, filled in in 60" in capsys.readouterr().out
 
 
-def test_each_row_is_filled_in_from_what_it_shows(tmp_path):
-    """latent_mean and latent_std are those of q(z|shown), whatever the other rows show."""
+def test_each_row_is_filled_in_given_its_own_mask(tmp_path):
+    """latent_mean and latent_std are those of q(z|shown), for any masks of the other rows."""
     run, test = brief(tmp_path)
     own, dataset = loaded(run)
     mask = np.random.default_rng(0).random((60, 5)) < 0.5
     mask[0], mask[1], mask[2:5, 2] = [0, 1, 0, 0, 0], True, True
     mask[~mask.any(1), 3] = True
     np.savez(tmp_path / "new.npz", **{n: test[n] for n in MODALITIES}, mask=mask)
-    shown = npz.fill(own.model, own.args["spec"]["standardise"], *paths(tmp_path))
+    shown = npz.fill(own.model, own.args["spec"], *paths(tmp_path))
     assert (shown == mask).all()
     filled = np.load(tmp_path / "filled.npz")
     for row in (0, 1, 2, 33):
-        xs = data.show(dataset.test, mask[row].tolist(), torch.tensor([row]))
+        xs = data.select(dataset.test, mask[row].tolist(), torch.tensor([row]))
         q = own.model.posterior(*xs)
         assert np.allclose(filled["latent_mean"][row], q.mean[0], atol=1e-5)
         assert np.allclose(filled["latent_std"][row], q.stddev[0], atol=1e-5)
@@ -222,7 +226,7 @@ def paths(folder):
     return folder / "new.npz", folder / "filled.npz"
 
 
-def test_samples_are_draws_of_z_decoded(tmp_path):
+def test_filled_samples_are_decoded_samples_of_z(tmp_path):
     run, test = brief(tmp_path, kept=("floats", "kind"), epochs=3)
     np.savez(tmp_path / "new.npz", kind=test["kind"])
     new, out = paths(tmp_path)
@@ -239,11 +243,11 @@ def test_samples_are_draws_of_z_decoded(tmp_path):
     torch.manual_seed(0)
     z = own.model.posterior(None, torch.from_numpy(test["kind"])).sample((50,))
     floats = own.model.decode(z)[0].numpy()[37]
-    floats = data.unstandardise(floats, own.args["spec"]["standardise"]["floats"])
+    floats = data.unstandardise(floats, stats_of(own, "floats"))
     assert np.allclose(drawn["floats"][37], floats, rtol=1e-4)
 
 
-def test_images_may_be_bytes_or_floats_and_stay_so(tmp_path):
+def test_filled_images_stay_bytes_or_floats(tmp_path):
     train("mvae", epochs=1, limit=64, latent_dim=4, data=tmp_path, out=tmp_path / "run")
     grey = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
     found = []
@@ -268,26 +272,22 @@ def changed(**arrays):
 
 
 WRONG = {
-    "a near miss": (changed(flotas=np.zeros((60, 4))), "'flotas': did you mean 'floats'?"),
-    "a far miss": (changed(zzz=np.zeros((60, 4))), "the run has picture, floats, bits"),
-    "no modality": (lambda test: {"mask": np.ones((60, 5))}, "none of the run's modalities"),
-    "a width": (changed(floats=np.zeros((60, 5))), "not (examples, 4)"),
-    "an image": (changed(picture=np.zeros((60, 8, 9))), "not (examples, 1, 8, 10)"),
-    "unequal lengths": (changed(bits=np.zeros((59, 3))), "bits has 59 rows, picture 60"),
-    "a mask": (changed(mask=np.ones((60, 4))), "mask is (60, 4), not (60, 5)"),
-    "an empty row": (
-        changed(mask=np.arange(60)[:, None].repeat(5, 1) != 7),
-        "row 7 shows nothing",
-    ),
-    "text": (changed(bits=np.full((60, 3), "yes")), "bits is to be numbers"),
-    "no examples": (lambda test: {"bits": np.zeros((0, 3))}, "bits is to be numbers"),
+    "a name": (changed(zzz=np.zeros((60, 4))), "not zzz"),
+    "no modality": (lambda test: {"mask": np.ones((60, 5))}, "must hold arrays named picture"),
+    "a width": (changed(floats=np.zeros((60, 5))), "must have the shape (examples, 4)"),
+    "an image": (changed(picture=np.zeros((60, 8, 9))), "must have the shape (examples, 1, 8, 10)"),
+    "unequal lengths": (changed(bits=np.zeros((59, 3))), "as many rows each"),
+    "a mask": (changed(mask=np.ones((60, 4))), "with shape (60, 5)"),
+    "a mask with NaN": (changed(mask=np.full((60, 5), math.nan)), "mask must hold 0 and 1"),
+    "text": (changed(bits=np.full((60, 3), "yes")), "bits must be numeric"),
     "a NaN": (
         changed(floats=np.where(np.arange(60)[:, None] == 9, math.nan, np.ones((60, 4)))),
         "not finite, in row 9",
     ),
-    "no bits": (changed(bits=np.full((60, 3), 0.5) * 4), "values in [0, 1], or bytes"),
-    "no counts": (changed(counts=np.full((60, 2), 0.5)), "from 0 on, whole"),
-    "no class": (changed(kind=np.full(60, 4)), "from 0 to 3, whole, as in training, not 4"),
+    "greys": (changed(picture=np.full((60, 8, 10), 2.0)), "bytes or floats in [0, 1]"),
+    "no bits": (changed(bits=np.full((60, 3), 2)), "must hold 0 and 1"),
+    "no counts": (changed(counts=np.full((60, 2), 0.5)), "whole numbers from 0 on"),
+    "no class": (changed(kind=np.full(60, 4)), "must be below 4"),
 }
 
 
@@ -297,9 +297,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_cannot_be_filled_in_is_one_sentence_and_writes_nothing(
-    trained, what, tmp_path, capsys
-):
+def test_unsuitable_arrays_are_one_sentence(trained, what, tmp_path, capsys):
     (run, test), (change, said) = trained, WRONG[what]
     new, out = paths(tmp_path)
     np.savez(new, **change(test))
@@ -310,10 +308,47 @@ def test_what_cannot_be_filled_in_is_one_sentence_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["new.npz"]
 
 
-def test_nothing_that_is_there_is_written_over(trained, tmp_path, capsys):
+def test_a_row_that_shows_nothing_is_refused(trained, tmp_path, capsys):
+    (run, test), (new, out) = trained, paths(tmp_path)
+    np.savez(new, **changed(mask=np.arange(60)[:, None].repeat(5, 1) != 7)(test))
+    with pytest.raises(SystemExit) as stop:
+        evaluate(run, "--fill", new, "--out", out)
+    assert stop.value.code == 2 and "row 7" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("hidden", [0, 255, 9])
+def test_hidden_bits_and_bytes_may_hold_anything(trained, tmp_path, hidden):
+    (run, test), (new, out) = trained, paths(tmp_path)
+    bits, picture = test["bits"].astype("u1"), test["picture"].copy()
+    mask = np.ones((60, 5), int)
+    mask[0, [0, 2]] = 0
+    found = []
+    for fill in (1, hidden):
+        bits[0], picture[0] = fill, fill
+        np.savez(new, **changed(bits=bits, picture=picture, mask=mask)(test))
+        evaluate(run, "--fill", new, "--out", out)
+        found.append(dict(np.load(out)))
+        out.unlink()
+    assert found[0]["bits"].dtype == np.float32 and found[0]["picture"].dtype == np.uint8
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_dark_bytes_stay_bytes(trained, tmp_path):
+    """A picture of 0 and 1 is nearly black, not white."""
+    (run, test), (new, out) = trained, paths(tmp_path)
+    dark, latent = (test["picture"] > 100).astype("u1"), []
+    for picture in (dark, dark / np.float32(255)):
+        np.savez(new, picture=picture)
+        evaluate(run, "--fill", new, "--out", out)
+        latent.append(np.load(out)["latent_mean"])
+        out.unlink()
+    assert np.allclose(*latent, atol=1e-5)
+
+
+def test_an_existing_file_is_not_overwritten(trained, tmp_path, capsys):
     (run, test), (new, out) = trained, paths(tmp_path)
     np.savez(new, bits=test["bits"])
-    for target, said in ((new, "is there already"), (new / "x.npz", "cannot be written")):
+    for target, said in ((new, "exists: choose another --out"), (new / "x.npz", "new.npz")):
         before = new.read_bytes()
         with pytest.raises(SystemExit) as stop:
             evaluate(run, "--fill", new, "--out", target)
@@ -322,22 +357,22 @@ def test_nothing_that_is_there_is_written_over(trained, tmp_path, capsys):
     for flags in (["--fill", new], ["--out", out]):
         with pytest.raises(SystemExit):
             evaluate(run, *flags)
-        assert "go together" in capsys.readouterr().err
+        assert "must be given together" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate(run, tmp_path / "other", "--fill", new, "--out", out)
-    assert "one run, not by 2" in capsys.readouterr().err
+    assert "one run, not 2" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- text and figures
 
 
-def test_one_run_is_a_list_of_its_metrics_with_their_meaning(trained, capsys):
+def test_the_report_of_a_run_defines_its_metrics(trained, capsys):
     run, _ = trained
     evaluate(run, "--samples", 3)
     printed, metrics = capsys.readouterr(), metrics_of(run)
     lines = printed.out.splitlines()
     assert "log-likelihoods of 60 examples, 3 samples" in printed.err
-    at = lines.index("Accuracy of regenerated bits or classes: the share that is right")
+    at = lines.index("Accuracy of regenerated bits or classes")
     own = metrics["regenerated_accuracy"]["bits->bits"]
     assert lines[at + 1].split("→")[0].strip() == "bits" and lines[at + 1].endswith(f"{own:.3f}")
     assert any(line.startswith("    training mean → kind ") for line in lines)
@@ -345,23 +380,22 @@ def test_one_run_is_a_list_of_its_metrics_with_their_meaning(trained, capsys):
     assert max(map(len, lines)) < 300 and not any(line.startswith("|") for line in lines)
 
 
-def test_a_folder_without_a_checkpoint_is_shown_from_its_metrics(trained, tmp_path, capsys):
+def test_a_run_without_a_checkpoint_is_shown_from_its_metrics(trained, tmp_path, capsys):
     run, _ = trained
     evaluate(run, "--no-likelihoods")
     first = capsys.readouterr().out
-    text = (run / "metrics.json").read_text()
+    text = (run / "metrics.json").read_text(encoding="utf-8")
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "metrics.json").write_text(text)
+    (tmp_path / "kept" / "metrics.json").write_text(text, encoding="utf-8")
     evaluate(tmp_path / "kept")
     kept = capsys.readouterr()
     assert kept.out == first.replace(str(run), str(tmp_path / "kept")) and "checkpoint" in kept.err
     evaluate(tmp_path / "kept", run, "--no-likelihoods")
     assert "| MVAE | 1 | split | 1 | 1 |" in capsys.readouterr().out  # two runs are a table
-    for damaged in (text[:100], "[1]", '{"run": {}}'):
-        (tmp_path / "kept" / "metrics.json").write_text(damaged)
-        with pytest.raises(SystemExit) as stop:
-            evaluate(tmp_path / "kept")
-        assert stop.value.code == 2 and "metrics.json is damaged" in capsys.readouterr().err
+    (tmp_path / "kept" / "metrics.json").write_text(text[:100], encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(tmp_path / "kept")
+    assert stop.value.code == 2 and "metrics.json cannot be read" in capsys.readouterr().err
 
 
 def test_a_masked_run_is_called_masked(tmp_path, capsys):
@@ -374,23 +408,10 @@ def test_a_masked_run_is_called_masked(tmp_path, capsys):
     assert drawing.title(own) == "MVAE · own.npz · masked"
     result = metrics_of(run)
     assert "| MVAE | masked | – | 1 | 1 |" in tables.table([result])
-    evaluation.curves([result], tmp_path)  # it is no point at f = 1
-    assert not list(tmp_path.glob("*.png"))
+    assert not figures.curves([result, result | {"epoch": 9}])  # it is no point at f = 1
 
 
-def test_near_misses_are_asked_about(trained, tmp_path, capsys):
-    run, _ = trained
-    with pytest.raises(SystemExit):
-        evaluate(str(run) + "n")
-    assert f"did you mean '{run}'?" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        evaluation.main([str(run), "--figurs", "x"])
-    assert "did you mean '--figures'?" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--against epochss: .* did you mean 'epochs'?"):
-        evaluation.curves([metrics_of(run)], tmp_path, "epochss")
-
-
-def test_a_few_examples_are_of_as_many_classes_as_there_are():
+def test_few_examples_are_balanced_over_the_classes():
     labels = torch.tensor([3, 3, 3, 1, 1, 2, 3])
     assert npz.few(labels, 7, most=4).tolist() == [3, 4, 5, 0]
     assert npz.few(labels, 7, most=2).tolist() == [3, 5]
@@ -399,7 +420,7 @@ def test_a_few_examples_are_of_as_many_classes_as_there_are():
 
 
 def figure(monkeypatch, draw):
-    """What is drawn, as matplotlib's figure."""
+    """The figure that draw() makes, as matplotlib's."""
     plt, kept = pytest.importorskip("matplotlib.pyplot"), []
     monkeypatch.setattr(drawing, "finish", lambda figure, *rest, **options: kept.append(figure))
     draw()
@@ -408,9 +429,10 @@ def figure(monkeypatch, draw):
     return kept[0]
 
 
-def test_every_modality_is_drawn_as_it_is_and_from_each(trained, tmp_path, monkeypatch):
+def test_every_modality_is_drawn_from_each_source(trained, monkeypatch):
     own, dataset = loaded(trained[0])
-    drawn = figure(monkeypatch, lambda: npz.draw(own, dataset, tmp_path / "page.png"))
+    blocks, hues = figures.regenerated(own, dataset)
+    drawn = figure(monkeypatch, lambda: drawing.examples(blocks, hues, "heading", None))
     rows = [ax.get_ylabel() for ax in drawn.axes]
     others = ["from floats", "from bits", "from counts", "from kind", "from all"]
     assert rows[:7] == ["input", "from picture", *others]
@@ -430,7 +452,7 @@ def test_every_modality_is_drawn_as_it_is_and_from_each(trained, tmp_path, monke
     assert drawn.axes[15].get_ylabel() == "from bits" != rows[16]
 
 
-def test_tiles_are_64_pixels_or_more_and_columns_ten_or_fewer(tmp_path):
+def test_tiles_have_64_pixels_and_pages_ten_columns(tmp_path):
     pytest.importorskip("matplotlib")
     for shape in ((1, 8, 80), (3, 28, 28), (2, 8, 8), (5,), (2000,)):
         assert min(drawing.tile(torch.zeros(3, *shape))) >= 64
@@ -445,14 +467,15 @@ def test_tiles_are_64_pixels_or_more_and_columns_ten_or_fewer(tmp_path):
         posterior=lambda *xs: SimpleNamespace(sample=lambda: xs),
         decode=lambda z: [split[labels][0]] * 2,
     )
-    rows = evaluation.generations(model, dataset)
+    masks, views = evaluation.subsets(dataset.names), evaluation.views(dataset)
+    rows = figures.generations(model, dataset, masks, views)
     assert len(rows[0][1]) == 10
     drawing.page([(name, images[:10]) for name, images in rows], "page", tmp_path / "small.png")
     across, down = Image.open(tmp_path / "small.png").size
     assert 640 < across < 1600 and down > 6 * 64
 
 
-def test_modalities_have_colours_of_their_own_and_are_told_from_classes(monkeypatch):
+def test_modalities_and_classes_have_different_colours(monkeypatch):
     z, labels = np.random.default_rng(0).normal(size=(60, 4)), np.tile(np.arange(20) % 3, 3)
     drawn = figure(
         monkeypatch, lambda: drawing.latent_map(z, labels, ("0", "1", "2"), "heading", None)
@@ -465,7 +488,7 @@ def test_modalities_have_colours_of_their_own_and_are_told_from_classes(monkeypa
     assert len(set(points)) == len(set(classes)) == 3 and not set(points) & set(classes)
 
 
-def test_relatedness_has_a_row_for_every_pair_on_the_same_axes(trained, tmp_path, monkeypatch):
+def test_relatedness_has_a_row_for_every_pair(trained, tmp_path, monkeypatch):
     own, dataset = loaded(trained[0])
     seen = []
     monkeypatch.setattr(drawing, "relatedness", lambda pairs, *rest: seen.extend(pairs))

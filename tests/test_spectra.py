@@ -1,8 +1,9 @@
-"""Spectra: how their files are read, prepared and split; how candidates are ranked."""
+"""Spectra: their files, preparation and split; scores of bits, ranks of candidates."""
 
 import gzip
 import sys
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.distributions import Normal
 
 import data
 import eval as evaluation
-from benchmarks import spectra
+from benchmarks import drawing, spectra
 from helpers import MOLECULES, challenge_files, record
 
 
@@ -35,7 +36,7 @@ def test_sparse_rows_equal_the_dense_matrix():
 
 
 @pytest.mark.parametrize("between", ["\n", "", "\r\n\n"])
-def test_msp_in_the_ways_it_is_written_reads_the_same(tmp_path, between):
+def test_every_way_of_writing_an_msp_reads_the_same(tmp_path, between):
     bodies = (
         "41.5 10\n57.07 2e3\n71.1 .5\n",
         "41.5\t10\n57.07\t2e3\n71.1\t.5\n",
@@ -53,7 +54,7 @@ def test_msp_in_the_ways_it_is_written_reads_the_same(tmp_path, between):
             assert peaks.tolist() == [[41.5, 10], [57.07, 2e3], [71.1, 0.5]]
 
 
-def test_msp_with_records_without_peaks_or_with_words_for_peaks(tmp_path):
+def test_an_msp_record_may_lack_peaks_or_have_words(tmp_path):
     path = tmp_path / "a.msp"
     path.write_text("Name: a\nNum Peaks: 0\n\nName: b\nNum Peaks: 1\n5 many\n\nName: c\nName: d\n")
     (a, none), (b, words), (c, last) = spectra.read_msp(path)
@@ -61,14 +62,14 @@ def test_msp_with_records_without_peaks_or_with_words_for_peaks(tmp_path):
     assert a["name"] == "a" and c["name"] == "c"  # the first of a repeated key
 
 
-def test_mona_s_smiles_is_found_among_the_comments():
+def test_the_smiles_of_mona_is_in_the_comments():
     comments = '"SMILES=CCO" "author=A, B" "computed SMILES=OCC"'
     assert spectra.smiles_of({"comments": comments}) == "CCO"
     assert spectra.smiles_of({"smiles": "N/A", "comments": '"computed SMILES=C=C"'}) == "C=C"
     assert spectra.smiles_of({"comments": "Parent=57.1"}) == ""
 
 
-def test_mgf(tmp_path):
+def test_an_mgf_has_fields_and_peaks(tmp_path):
     text = "# made up\n\nBEGIN IONS\nTITLE=one=1\nCHARGE=1+\n50.5 3\n60 4\nEND IONS\n"
     text += "BEGIN IONS\nTITLE=two\nEND IONS\nBEGIN IONS\nTITLE=cut off\n50 1\n"
     (tmp_path / "a.mgf").write_text(text)
@@ -78,13 +79,10 @@ def test_mgf(tmp_path):
 
 
 @pytest.mark.parametrize("read", [spectra.read_msp, spectra.read_mgf])
-def test_a_truncated_or_absent_file_is_one_sentence(tmp_path, read):
-    whole = gzip.compress(record("CCO").encode() * 50)
-    (tmp_path / "cut.gz").write_bytes(whole[:-20])
-    (tmp_path / "bad.gz").write_bytes(whole[:12] + b"\xff" * 30)
-    damaged, unread = "is a truncated or damaged .gz file", "cannot be read"
-    for name, match in ("cut.gz", damaged), ("bad.gz", damaged), ("absent", unread), (".", unread):
-        with pytest.raises(ValueError, match=match) as error:
+def test_a_truncated_or_absent_file_gets_one_sentence(tmp_path, read):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(record("CCO").encode() * 50)[:-20])
+    for name in ("cut.gz", "absent", "."):
+        with pytest.raises(ValueError, match="cannot be read") as error:
             list(read(tmp_path / name))
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
@@ -103,10 +101,9 @@ def test_peaks_are_binned_added_and_square_rooted():
         np.array([[100.05, 0.045], [100.1, 0.18], [100.19, 0.32]])
     )
     assert (low, high) == (1000, 1001) and values == pytest.approx([0.3, 1])  # √(.045 / .5)
-    assert len(spectra.bin_peaks(np.array([[7.0, 1e-300], [8, 9e299], [9, 1e300]]))[0]) == 2
 
 
-def test_a_compound_is_the_first_block_of_its_inchikey_or_of_its_smiles():
+def test_a_compound_is_the_first_block_of_the_inchikey():
     assert spectra.compound_of("LFQSCWFLJHTTHZ-UHFFFAOYSA-N", "not read") == "LFQSCWFLJHTTHZ"
     assert spectra.compound_of("LFQSCWFLJHTTHZ", "not read") == "LFQSCWFLJHTTHZ"
     pytest.importorskip("rdkit")
@@ -118,14 +115,14 @@ def test_a_compound_is_the_first_block_of_its_inchikey_or_of_its_smiles():
 # ---------------------------------------------------------------------------------------- preparing
 
 
-def test_without_rdkit_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_rdkit_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
     with pytest.raises(ValueError, match="pip install rdkit"):
         spectra.prepare_spectra(tmp_path, tmp_path / "a.msp")
     assert not list(tmp_path.iterdir())
 
 
-def test_fingerprints_have_2149_bits_and_no_stereochemistry(capfd):
+def test_fingerprints_are_maccs_keys_and_morgan_bits_without_stereochemistry(capfd):
     pytest.importorskip("rdkit")
     from rdkit import Chem
     from rdkit.Chem import AllChem, MACCSkeys
@@ -144,10 +141,10 @@ def test_fingerprints_have_2149_bits_and_no_stereochemistry(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted(tmp_path, capsys):
+def test_spectra_are_split_by_compound_and_skipped_ones_counted(tmp_path, capsys):
     pytest.importorskip("rdkit")
     good = "".join(record(s, f"57.07 100\n{80 + k} 25") for s in MOLECULES for k in range(3))
-    bad = {  # by why it is skipped
+    bad = {  # by the reason to skip it
         "without peaks": record("CCO", ""),
         "with peaks that are no numbers": record("CCO", "5 many"),
         "with fewer peaks than announced": record("CCO", "57 1", **{"Num Peaks": 3}),
@@ -169,11 +166,11 @@ def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted
     counts = spectra.prepare_spectra(new, path, **files)
     assert [p.name for p in (new / "spectra").iterdir()] == ["spectra.npz"]
     assert counts["records"] == 18 + 11 + 2 and counts["peaks_beyond_range"] == 1
-    more = {"whose SMILES rdkit refuses": 2, "of the challenges' compounds": 4}
+    more = {"with an invalid SMILES": 2, "of the challenges' compounds": 4}
     assert counts["skipped"] == dict.fromkeys(bad, 1) | more  # 4: ethanol, once without its key
     assert counts["compounds"] == 5 and counts["removed_compounds"] == 1
     assert counts["train"] + counts["test"] == 16 and counts["challenges"] == 2
-    reasons = ("of an unknown id", "of a compound listed before", "whose SMILES rdkit refuses")
+    reasons = ("of an unknown id", "of a compound listed before", "with an invalid SMILES")
     skipped = dict(zip((f"candidates {reason}" for reason in reasons), (5, 2, 2)))
     assert counts["challenges_skipped"] == skipped
     assert "skipped 4 of the challenges' compounds" in capsys.readouterr().out
@@ -200,7 +197,7 @@ def test_spectra_are_prepared_split_by_compound_and_what_does_not_fit_is_counted
     assert found["sizes"] == {"A": 3, "B": 3} and found["ranks"] == {"A": 2, "B": 2}
 
 
-def test_the_split_depends_on_the_compounds_and_the_seed_alone(tmp_path):
+def test_the_split_depends_on_compounds_and_seed_alone(tmp_path):
     pytest.importorskip("rdkit")
     records, held_out = [record(s) for s in MOLECULES], []
     for order, seed in (records, 0), (records[::-1] + records, 0), (records, 1), (records, 2):
@@ -213,7 +210,7 @@ def test_the_split_depends_on_the_compounds_and_the_seed_alone(tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder with a.msp, the files of challenges and two that are no good."""
+    """A folder with a.msp, the files of challenges, an empty file and a CSV without InChIKeys."""
     pytest.importorskip("rdkit")
     folder = tmp_path / "in"
     folder.mkdir()
@@ -232,14 +229,14 @@ CHALLENGES = {"mgf": "c.mgf", "candidates": "candidates.csv", "truth": "truth.cs
     [
         ("6 of another instrument .* has LC-ESI-QFT", {"instrument": "LC-ESI-QTOF"}),
         ("absent.msp cannot be read", {"msp": "absent.msp"}),
-        ("empty leaves 0 compounds", {"msp": "empty"}),
-        ("all three: --mgf, --candidates and --truth", {"mgf": "c.mgf"}),
-        ("other.csv has no column 'inchikey'", CHALLENGES | {"candidates": "other.csv"}),
-        ("other.csv has no column 'inchikey'", CHALLENGES | {"truth": "other.csv"}),
+        ("empty must have spectra of two compounds or more", {"msp": "empty"}),
+        ("all three of --mgf, --candidates and --truth", {"mgf": "c.mgf"}),
+        ("other.csv must have the columns .*'inchikey'", CHALLENGES | {"candidates": "other.csv"}),
+        ("other.csv must have the columns .*'inchikey'", CHALLENGES | {"truth": "other.csv"}),
         ("no id of .*c.mgf .* skipped 15 candidates", CHALLENGES),
     ],
 )
-def test_what_leaves_no_spectra_is_one_sentence_and_no_file(source, tmp_path, match, changed):
+def test_files_without_usable_spectra_get_one_sentence(source, tmp_path, match, changed):
     if changed is CHALLENGES:
         challenge_files(source, candidate_ids="CDE")
     given = {"msp": "a.msp"} | changed
@@ -249,30 +246,36 @@ def test_what_leaves_no_spectra_is_one_sentence_and_no_file(source, tmp_path, ma
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_root_that_cannot_be_written_to_is_named(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("file", "data"):  # ./data is where it would be kept instead of "locked"
-        (tmp_path / name).write_text("in the way")
-    (tmp_path / "locked").mkdir(mode=0o555)
-    for root, named in ("file", "file"), ("locked", "data"):
-        with pytest.raises(ValueError, match=f"{named}/spectra/spectra.npz cannot be .*--data"):
-            spectra.prepare_spectra(tmp_path / root, source / "a.msp")
-        assert (tmp_path / named).read_text() == "in the way"
-    assert not list((tmp_path / "locked").iterdir())
-
-
-def test_a_prepared_file_that_is_damaged_or_missing_says_how_to_make_it(source, tmp_path):
+def test_a_prepared_file_that_cannot_be_used_says_why(source, tmp_path):
     path = tmp_path / "spectra" / "spectra.npz"
     with pytest.raises(ValueError, match="make it with python data.py spectra"):
         data.load("spectra", tmp_path)
     path.parent.mkdir()
-    np.savez(path, version=1)
-    with pytest.raises(ValueError, match="spectra.npz has no array 'train_offsets'"):
+    np.savez(path, version=0)
+    with pytest.raises(ValueError, match="spectra.npz must have version 1, not 0"):
         data.load("spectra", tmp_path)
     spectra.prepare_spectra(tmp_path, source / "a.msp")
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="spectra.npz is damaged"):
+    with pytest.raises(ValueError, match="spectra.npz cannot be read"):
         spectra.load_challenges(tmp_path)
+
+
+def test_massbank_is_downloaded_once_and_whole(source, tmp_path, monkeypatch):
+    asked = []
+
+    def urlretrieve(url, path):
+        asked.append(url)
+        path.write_text((source / "a.msp").read_text()[: 200 if len(asked) == 1 else None])
+        if len(asked) == 1:
+            raise urllib.error.ContentTooShortError("200 out of 1000 bytes", None)
+
+    monkeypatch.setattr("urllib.request.urlretrieve", urlretrieve)
+    with pytest.raises(ValueError, match="cannot be downloaded: .*200 out of.*MassBank_NIST.msp"):
+        spectra.prepare_spectra(tmp_path)
+    assert not list((tmp_path / "spectra").iterdir())
+    for _ in range(2):
+        assert spectra.prepare_spectra(tmp_path)["records"] == len(MOLECULES)
+    assert asked == 2 * [spectra.MASSBANK]
 
 
 # ------------------------------------------------------------------------------------------ ranking
@@ -291,25 +294,25 @@ def test_cross_entropy_and_tanimoto_equal_their_formulas():
     assert spectra.tanimoto(a[2:], a[2:]) == 1
 
 
-def test_certainty_costs_at_most_9_nats_a_bit():
+def test_a_wrong_bit_costs_at_most_9_nats():
     found = spectra.bit_cross_entropy(np.array([1.0, 0.0, 1.0]), np.packbits([[1, 1, 0]], axis=1))
-    # one bit is right, two are wrong, each said with 1 - 1e-4
+    # one bit is right, two are wrong, each with probability 1 - 1e-4
     assert found == pytest.approx([-np.log(1 - 1e-4) - 2 * np.log(1e-4)])
     one = spectra.bit_scores(np.array([[1.0, 0.0]]), np.array([[True, True]]))
     assert one["cross_entropy"] == pytest.approx(-np.log(1 - 1e-4) - np.log(1e-4))
 
 
-def test_bits_are_scored_by_accuracy_tanimoto_and_nats_per_example():
+def test_bits_are_scored_by_accuracy_tanimoto_and_cross_entropy():
     p = np.array([[0.9, 0.2, 0.5, 0.6], [0.7, 0.1, 0.8, 0.3], [0.1, 0.1, 0.1, 0.4]])
     bits = np.array([[1, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], bool)
-    found = spectra.bit_scores(p, bits)  # says 1001, 1010, 0000: p = 1/2 is a 0
+    found = spectra.bit_scores(p, bits)  # predicts 1001, 1010, 0000: p = 1/2 is a 0
     assert found["accuracy"] == pytest.approx((2 + 3 + 4) / 12)
     assert found["tanimoto"] == pytest.approx((1 / 3 + 2 / 3 + 1) / 3)
     nats = [0.9 * 0.8 * 0.5 * 0.4, 0.7 * 0.9 * 0.8 * 0.3, 0.9 * 0.9 * 0.9 * 0.6]
     assert found["cross_entropy"] == pytest.approx(-np.log(nats).mean())
 
 
-def test_equal_scores_share_their_mean_rank():
+def test_equal_scores_have_their_mean_rank():
     scores = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
     assert [spectra.rank_of(scores, k) for k in range(5)] == [4, 1, 4, 2, 4]
     assert spectra.rank_of(np.zeros(10), 7) == 5.5
@@ -341,15 +344,14 @@ def test_random_top_k_is_the_mean_over_random_orders():
 
 
 class Lookup(nn.Module):
-    """A stand-in for a model: z is the spectrum, and decodes to the bits that `answers` has for its
-    first bin."""
+    """A model with Bernoulli bits: z is the first bin of the spectrum, plus noise, and decodes to
+    the logits of row z of `answers` (n, 2149), probabilities."""
 
     def __init__(self, answers, noise=0.0):
         super().__init__()
-        self.answers = nn.Parameter(answers)  # (n, 2149)
-        kinds = "bernoulli", "normal"  # the second's mean is what is decoded
-        self.modalities = [types.SimpleNamespace(likelihood=kind) for kind in kinds]
-        self.decoders = [None, lambda z: self.answers[z[..., 0].round().long()]]
+        self.answers = nn.Parameter(answers)
+        self.modalities = [types.SimpleNamespace(likelihood="bernoulli") for _ in range(2)]
+        self.decoders = [None, lambda z: torch.logit(self.answers[z[..., 0].round().long()])]
         self.noise = noise
 
     def posterior(self, x, missing):
@@ -373,7 +375,7 @@ def spectra_to_name(n=4, candidates=30):
     return dataset, spectra.Challenges(ids, x, truth, offsets, packed), bits.float()
 
 
-def test_scores_are_of_the_test_bits_with_their_training_frequencies_beside_them():
+def test_scores_compare_predicted_bits_with_their_training_frequencies():
     dataset, challenges, bits = spectra_to_name()
     rows = torch.tensor([0, 0, 0, 1, 2])  # of the training examples; no spectrum of the fourth
     spectrum, fingerprint = dataset.train.bases
@@ -392,14 +394,14 @@ def test_scores_are_of_the_test_bits_with_their_training_frequencies_beside_them
     often = np.tile(frequency, (4, 1))
     expected = spectra.bit_scores(often[:3], bits[[2, 1, 3]])
     assert found["frequency"]["bits"] == pytest.approx(expected)
-    for part, said in (found, p), (found["frequency"], often):
-        ranks = spectra.challenge_ranks(said, challenges)
+    for part, predicted in (found, p), (found["frequency"], often):
+        ranks = spectra.challenge_ranks(predicted, challenges)
         assert list(part["ranks"].items()) == list(zip(challenges.ids, ranks))
         assert part["rank"]["median"] == np.median(ranks)
         assert part["rank"]["top1"] == (ranks <= 1).mean()
         assert part["rank"]["top5"] == (ranks <= 5).mean()
     assert len({*found["ranks"].values()}) > 1
-    assert found == spectra.scores(model, dataset, challenges, samples=2)  # whatever the batch
+    assert found == spectra.scores(model, dataset, challenges, samples=2)  # for any batch
     noisy = Lookup(torch.rand(9, 2149), noise=0.3)
     found = spectra.scores(noisy, dataset)
     assert found == spectra.scores(noisy, dataset, seed=0) != spectra.scores(noisy, dataset, seed=1)
@@ -409,7 +411,7 @@ def test_scores_are_of_the_test_bits_with_their_training_frequencies_beside_them
     "sizes, median",  # the k at which this reaches .5: Σ_i min(k / n_i, 1) / 4
     [((10, 10, 40, 60), 9), ((2, 30, 30, 58), 12), ((1, 1, 1, 1), 1), ((2, 2, 2, 2), 1)],
 )
-def test_random_ranks_are_those_of_the_challenges_sizes(sizes, median):
+def test_random_ranks_follow_from_the_numbers_of_candidates(sizes, median):
     dataset, challenges, bits = spectra_to_name()
     offsets = np.cumsum([0, *sizes])
     challenges = challenges._replace(offsets=offsets, truth=np.array([0] * 4))
@@ -420,7 +422,7 @@ def test_random_ranks_are_those_of_the_challenges_sizes(sizes, median):
     assert found["random"]["rank"]["top5"] == pytest.approx(top_5)
 
 
-def test_evaluation_scores_the_challenges_below_root_with_twenty_samples(monkeypatch):
+def test_evaluation_takes_twenty_samples_and_the_challenges_in_root(monkeypatch):
     asked = []
     monkeypatch.setattr(spectra, "load_challenges", lambda root: f"of {root}")
     monkeypatch.setattr(spectra, "scores", lambda *xs, **options: asked.append((xs, options)))
@@ -441,7 +443,7 @@ def test_evaluation_scores_the_challenges_below_root_with_twenty_samples(monkeyp
     assert shapes[2:] == [(1, 3)]
 
 
-def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_the_middle(tmp_path):
+def test_a_model_that_knows_the_fingerprints_ranks_first():
     dataset, challenges, bits = spectra_to_name()
     known = Lookup(bits)
     found = spectra.scores(known, dataset, challenges, batch_size=3)
@@ -458,25 +460,60 @@ def test_a_model_that_knows_the_fingerprints_ranks_first_and_a_constant_one_in_t
     assert half["rank"]["median"] == 15.5  # all equal: everyone has the mean rank
     assert half["bits"]["cross_entropy"] == pytest.approx(2149 * np.log(2))
 
-    pytest.importorskip("matplotlib")
-    run = evaluation.Run(tmp_path, dict(model="SVAE", dataset="spectra", paired=1), 0, 0.0, known)
-    spectra.draw(run, dataset, tmp_path, tmp_path / "spectra.png", n=2)
-    results = {"known": found, "constant": constant}
-    results = [r | {"folder": f"runs/{name}", "run": run.args} for name, r in results.items()]
-    evaluation.compare(results, tmp_path)
-    for name in ("spectra-top-k.png", "spectra.png"):
-        assert (tmp_path / name).stat().st_size > 5000
 
-
-def test_the_mean_over_samples_is_that_of_the_probabilities():
+def test_probabilities_are_averaged_over_samples_not_logits():
     dataset, challenges, bits = spectra_to_name()
     model = Lookup(bits.mean(0).expand(4, -1).contiguous())
     one, many = (spectra.scores(model, dataset, samples=samples) for samples in (1, 50))
     assert many["bits"] == pytest.approx(one["bits"]) and "rank" not in one
     torch.manual_seed(0)
-    noisy, index = Lookup(bits, noise=0.7).eval(), torch.tensor([1])
-    noisy.answers.data = torch.cat([bits, bits.flip(0)])[:, :8]
+    p = 0.01 + 0.98 * torch.cat([bits, bits.flip(0)])[:, :8]
+    noisy, index, z = Lookup(p, noise=0.7).eval(), torch.tensor([1]), Normal(1.0, 0.7)
     found = spectra.predict_bits(noisy, lambda i: dataset.test.take(0, index), 1, samples=999)
-    z = Normal(1.0, 0.7)
-    weights = [float(z.cdf(torch.tensor(k + 0.5)) - z.cdf(torch.tensor(k - 0.5))) for k in range(4)]
-    assert found[0] == pytest.approx((torch.tensor(weights) @ bits[:, :8]).numpy(), abs=0.06)
+    edges = z.cdf(torch.arange(9) - 0.5)
+    weights = edges.diff()[:4]  # P(z is rounded to k); -1 is the last row, as Python has it
+    below = z.cdf(torch.tensor(-0.5)) * p[-1]
+    expected, logits = weights @ p[:4] + below, weights @ torch.logit(p[:4])
+    assert found[0] == pytest.approx(expected.numpy(), abs=0.04)
+    assert (expected - torch.sigmoid(logits)).abs().max() > 0.15  # what the other mean would give
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the last figure, instead of its file."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(drawing, "finish", lambda figure, *_, **__: drawn.append(figure.axes))
+    yield drawn
+    drawing.pyplot().close("all")
+
+
+def test_the_figure_has_spectra_bits_and_predictions(axes, tmp_path):
+    dataset, _, bits = spectra_to_name()
+    args = dict(model="SVAE", dataset="spectra", paired=1)
+    run = evaluation.Run(tmp_path, args, 0, 0.0, Lookup(bits).eval())
+    spectra.draw(run, dataset, tmp_path, tmp_path / "spectra.png", n=2)
+    left, right = axes[0][:2]
+    assert left.collections[0].get_segments()[0][:, 0].tolist() == [0.05, 0.05]  # the first bin
+    assert right.get_title(loc="right") == "Tanimoto 1.00"
+    molecule, predicted = right.collections
+    assert len(molecule.get_segments()) == bits[0].sum() and len(predicted.get_segments()) == 2149
+
+
+def test_top_k_curves_are_means_over_seeds(axes, tmp_path):
+    def result(model, seed, ranks):
+        run = dict(model=model, dataset="spectra", paired=1, unpaired="all", seed=seed, options={})
+        ranks, frequency = dict(zip("ab", ranks)), {"ranks": {"a": 9, "b": 9}}
+        sizes = {"a": 9, "b": 9}
+        return dict(run=run, epoch=1, ranks=ranks, frequency=frequency, sizes=sizes, folder="")
+
+    results = [result("SVAE", 0, (1, 1)), result("SVAE", 1, (1, 3)), result("MVAE", 0, (2, 4))]
+    spectra.compare(results, tmp_path)
+    lines = {line.get_label(): line for line in axes[0][0].lines}
+    assert list(lines) == ["SVAE, f = 1", "MVAE, f = 1", "bit frequencies", "random order"]
+    assert lines["SVAE, f = 1"].get_ydata().tolist() == [0.75, 0.75, *[1] * 7]
+    assert lines["MVAE, f = 1"].get_ydata().tolist() == [0, 0.5, 0.5, *[1] * 6]
+    for model in ("SVAE", "MVAE"):
+        assert lines[f"{model}, f = 1"].get_color() == drawing.COLOURS[model]
+    assert lines["bit frequencies"].get_ydata().tolist() == [*[0] * 8, 1]
+    assert lines["random order"].get_ydata().tolist() == [k / 9 for k in range(1, 10)]
