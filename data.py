@@ -14,11 +14,13 @@ arrays: features are float32, standardised; counts float32; classes int64.
 
 import argparse
 import csv
+import hashlib
 import importlib
 import io
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,9 +79,11 @@ class Dataset(NamedTuple):
     spec: dict  # the arguments of nets.modalities, plain enough for JSON
     names: tuple  # of the modalities
     mask: torch.Tensor | None = None  # (N, M) booleans: what each training example shows
+    test_mask: torch.Tensor | None = None  # the same for the test examples
     groups: torch.Tensor | None = None  # (N,) integers: training examples that are paired together
     words: list | None = None  # the vocabulary of captions
     note: str = ""  # what a reader of results must know; printed beside them
+    digest: str = ""  # of the contents of an .npz, which may be moved
 
 
 def load(name, root="./data", limit=None, likelihoods=None, stats=None):
@@ -131,6 +135,8 @@ def pairing(n, names, paired=1.0, unpaired="split", seed=0, mask=None, groups=No
     that the counts are the nearest possible.
     """
     if mask is not None:
+        if paired != 1:
+            raise ValueError("--paired must be left out: the data have a train_mask")
         return patterns(mask)
     if not 0 < paired <= 1:
         raise ValueError(f"--paired must be a fraction in (0, 1], not {paired:g}")
@@ -183,13 +189,23 @@ def patterns(mask):
     return [(tuple(rows[k].tolist()), (which == k).nonzero()[:, 0]) for k in order]
 
 
+def one_pattern_per_step(streams, sampling):
+    """True where a mask has more patterns than the papers' protocols have streams, M + 1: a step
+    that showed all of them would cost a pass for each."""
+    return sampling == "natural" and len(streams) > len(streams[0][0]) + 1
+
+
 def batch_sizes(streams, batch_size, sampling):
-    """The number of examples that a step takes from each stream, and of steps in an epoch."""
+    """The number of examples that a step takes from each stream, on average where it takes them from
+    a single one, and of steps in an epoch."""
     counts = [len(index) for _, index in streams]
+    total = sum(counts)
+    if one_pattern_per_step(streams, sampling):
+        return [min(batch_size, n) * n / total for n in counts], -(-total // batch_size)
     if sampling == "balanced":
         return [min(batch_size, n) for n in counts], -(-max(counts) // batch_size)
-    sizes = [min(n, max(1, round(batch_size * n / sum(counts)))) for n in counts]
-    return sizes, -(-sum(counts) // batch_size)
+    sizes = [min(n, max(1, round(batch_size * n / total))) for n in counts]
+    return sizes, -(-total // batch_size)
 
 
 def select(split, mask, index):
@@ -202,33 +218,44 @@ def batches(split, streams, batch_size, sampling="natural", generator=None, rank
     what the stream's mask hides.
 
     natural: a stream's share of the batch is its share of the examples, its weight n_i / sum n, so
-    that a step estimates eq. (5)'s mean over examples without bias. balanced: batch_size of each
+    that a step estimates eq. (5)'s mean over examples without bias. With more than M + 1 streams,
+    the patterns of a mask, a step takes batch_size examples of a single stream, drawn with
+    probability n_i / sum n, weight 1: unbiased for the same mean. balanced: batch_size of each
     stream, weight 1; an epoch is one pass over the largest. An exhausted stream is shuffled again.
     `generator` shuffles, alike on every one of `world` ranks: each takes its part of every step,
     weighted so that the mean of the ranks' gradients is that of a single process.
     """
     sizes, steps = batch_sizes(streams, batch_size, sampling)
-    total = sum(len(index) for _, index in streams)
-    largest = max(len(index) for _, index in streams)
+    counts = torch.tensor([len(index) for _, index in streams])
+    total, largest = int(counts.sum()), int(counts.max())
+    weights = [1.0 if sampling == "balanced" else len(index) / total for _, index in streams]
+    visits = [range(len(streams))] * steps  # the streams of each step
+    needed = [size * steps for size in sizes]
+    if sampling == "balanced":
+        needed = [largest if n == largest else k for n, k in zip(counts.tolist(), needed)]
+    if one_pattern_per_step(streams, sampling):
+        drawn = torch.multinomial(counts / total, steps, replacement=True, generator=generator)
+        visits, weights = drawn[:, None].tolist(), [1.0] * len(streams)
+        sizes = [min(batch_size, n) for n in counts.tolist()]
+        needed = [size * k for size, k in zip(sizes, drawn.bincount(minlength=len(sizes)).tolist())]
     queues = []
-    for (_, index), size in zip(streams, sizes):
-        one_pass = sampling == "balanced" and len(index) == largest
-        needed = largest if one_pass else size * steps
-        passes = -(-needed // len(index))
+    for (_, index), size, k in zip(streams, sizes, needed):
+        passes = max(1, -(-k // len(index)))
         order = [torch.randperm(len(index), generator=generator) for _ in range(passes)]
-        queues.append(index[torch.cat(order)].to(split.rows[0].device).split(size))
-    for step in range(steps):
+        order = index[torch.cat(order)].to(split.rows[0].device)
+        queues.append(iter(order.split(size)))
+    for visited in visits:
         batch, first = [], rank
-        for (mask, index), queue in zip(streams, queues):
-            drawn = queue[step]
-            weight = 1.0 if sampling == "balanced" else len(index) / total
+        parts = [(streams[k][0], weights[k], next(queues[k])) for k in visited]
+        for mask, weight, drawn in parts:
             mine = drawn[first % world :: world]  # dealt like cards
             first -= len(drawn)
             if len(mine):
                 share = world * len(mine) / len(drawn)
                 batch.append((weight * share, select(split, mask, mine)))
         if not batch:  # fewer examples than ranks: one example with weight 0
-            batch.append((0.0, select(split, streams[0][0], queues[0][step][:1])))
+            mask, _, drawn = parts[0]
+            batch.append((0.0, select(split, mask, drawn[:1])))
         yield batch
 
 
@@ -242,7 +269,8 @@ def observed(split, streams, n):
         rows = split.rows[m].cpu()[index]
         first = torch.from_numpy(np.unique(rows, return_index=True)[1])  # examples share images
         at = torch.linspace(0, len(first) - 1, min(n, len(first))).long()
-        examples.append(split.take(m, index[first[at]].to(split.rows[m].device)))
+        x = split.take(m, index[first[at]].to(split.rows[m].device))
+        examples.append(x.nan_to_num(0.0) if x.is_floating_point() else x)  # missing: the mean
     return examples
 
 
@@ -256,11 +284,7 @@ class Kind(NamedTuple):
     dtype: type
     likelihoods: tuple
     values: str
-    valid: object  # function of an array
-
-
-def whole(x):
-    return (x >= 0).all() and (x == np.floor(x)).all()
+    valid: object  # function of an array, or of a block of its rows
 
 
 KINDS = {
@@ -270,7 +294,7 @@ KINDS = {
         "integers from 0 to C - 1, one per example",
         lambda x: x.ndim == 1 and x.dtype.kind in "iub" and x.min() >= 0 and x.max() < 2**16,
     ),
-    "bits": Kind(np.bool_, ("bernoulli",), "0 and 1", lambda x: np.isin(x, (0, 1)).all()),
+    "bits": Kind(np.bool_, ("bernoulli",), "0 and 1", lambda x: ((x == 0) | (x == 1)).all()),
     "bytes": Kind(
         np.uint8,
         ("bernoulli", "laplace", "normal"),
@@ -283,40 +307,50 @@ KINDS = {
         "bytes or floats in [0, 1]",
         lambda x: x.min() >= 0 and x.max() <= 1,
     ),
-    "counts": Kind(np.float32, ("poisson",), "whole numbers from 0 on", whole),
+    "counts": Kind(
+        np.float32,
+        ("negative-binomial", "poisson"),
+        "whole numbers from 0 on",
+        lambda x: x.min() >= 0 and (x == np.floor(x)).all(),
+    ),
     "numbers": Kind(
         np.float32,
-        ("laplace", "normal"),
-        "finite numbers",
-        lambda x: np.isfinite(x).all(),
+        ("normal", "laplace"),
+        "numbers that are finite in float32, or NaN where one is missing",
+        lambda x: (np.abs(x[~np.isnan(x)]) <= np.finfo(np.float32).max).all(),
     ),
 }
 
 
-def kind_of(x, likelihood=None):
-    """The kind of an array (n,), (n, features) or (n, C, H, W), from its dtype, its shape and the
-    likelihood asked for. -> a key of KINDS"""
+def kind_of(x, likelihood=None, shown=None):
+    """The kind of an array (n,), (n, features) or (n, C, H, W), from its dtype, its shape, the
+    likelihood asked for and the values of the rows that `shown` (n,) is true for.
+    -> a key of KINDS"""
     if x.ndim == 1:
         return "class"
     if x.ndim == 4:
         return "bytes" if x.dtype == np.uint8 else "greys"
-    if likelihood in ("laplace", "normal"):
+    if likelihood in KINDS["numbers"].likelihoods:
         return "numbers"
-    if likelihood == "bernoulli" or x.dtype.kind == "b" or np.isin(x, (0, 1)).all():
-        bits = np.isin(x, (0, 1)).all()
-        return "bits" if bits else "bytes" if x.dtype == np.uint8 else "greys"
-    if likelihood in KINDS["counts"].likelihoods or (x.dtype.kind in "iu" and x.min() >= 0):
+    if likelihood in KINDS["counts"].likelihoods:
         return "counts"
-    return "numbers"
+    if all(KINDS["bits"].valid(block) for block in row_blocks(x, shown)):
+        return "bits"
+    if likelihood == "bernoulli":
+        return "bytes" if x.dtype == np.uint8 else "greys"
+    integers = x.dtype.kind in "iu" and all(block.min() >= 0 for block in row_blocks(x, shown))
+    return "counts" if integers else "numbers"
 
 
-def check_array(where, x, kind, likelihood=None):
-    """ValueError unless the values of an array are those of its kind and the likelihood fits it."""
-    if not KINDS[kind].valid(x):
-        raise ValueError(f"{where} must hold {KINDS[kind].values}")
-    if likelihood and likelihood not in KINDS[kind].likelihoods:
-        choices = " or ".join(KINDS[kind].likelihoods)
-        raise ValueError(f"{where} ({kind}) needs the likelihood {choices}, not {likelihood!r}")
+def row_blocks(x, shown=None, values=2**21):
+    """Blocks of the rows of x, those where shown (n,) is true: nothing as large as x is made."""
+    step = max(1, values // max(1, math.prod(x.shape[1:])))
+    for start in range(0, len(x), step):
+        block = x[start : start + step]
+        if shown is not None:
+            block = block[shown[start : start + step]]
+        if len(block):
+            yield block
 
 
 def check_bernoulli(dataset, likelihoods):
@@ -332,131 +366,182 @@ def check_bernoulli(dataset, likelihoods):
 
 def load_npz(path, limit=None, likelihoods=None, stats=None):
     """A user's arrays train_NAME and test_NAME, one modality each, in the archive's order;
-    optionally train_labels and test_labels (N,), and train_mask (N, M): which modalities a training
-    example shows. limit, likelihoods, stats: see load."""
+    optionally train_labels and test_labels (N,), train_mask and test_mask (N, M): which modalities
+    an example shows. limit, likelihoods, stats: see load."""
     arrays = read_npz(path)
     names = modality_names(path, arrays)
     if likelihoods and len(likelihoods) != len(names):
         names = ", ".join(names)
         raise ValueError(f"--likelihoods needs one for each of {names}, not {len(likelihoods)}")
-    for part in ("train", "test"):
-        check_rows(path, part, arrays)
-    shape = len(arrays[f"train_{names[0]}"]), len(names)
-    note = ""
-    mask = arrays.pop("train_mask", None)
-    if mask is not None:
-        if mask.shape != shape or not np.isin(mask, (0, 1)).all():
-            raise ValueError(
-                f"{path}: train_mask must hold 0 and 1 with shape {shape} (examples, modalities), "
-                f"not {mask.shape}"
-            )
-        mask = mask.astype(bool)
-        note = f"train_mask hides {1 - mask.mean():.0%} of the arrays"
+    masks = [split_mask(path, part, names, arrays) for part in ("train", "test")]
     bases, specs = ([], []), {}
     for m, name in enumerate(names):
         pair = [arrays.pop(f"{part}_{name}") for part in ("train", "test")]
-        shown = np.ones(shape[0], bool) if mask is None else mask[:, m]
-        if not shown[:limit].any():
-            raise ValueError(f"{path}: no training example shows {name}")
-        likelihood = likelihoods[m] if likelihoods else None
-        own = None if stats is None else stats.get(name, {})
-        tensors, specs[name] = user_array(f"{path}: {name}", pair, shown, limit, likelihood, own)
+        for x, mask in zip(pair, masks):
+            if x.ndim == 2 and x.dtype.kind == "f":  # a row of NaN shows nothing
+                mask[:, m] &= ~np.isnan(x).all(1)
+        if not masks[0][:limit, m].any() or not masks[1][:, m].any():
+            raise ValueError(f"{path}: no training example, or no test example, shows {name}")
+        tensors, specs[name] = user_array(
+            f"{path}: {name}",
+            pair,
+            shown=[mask[:, m] for mask in masks],
+            limit=limit,
+            likelihood=likelihoods[m] if likelihoods else None,
+            stats=None if stats is None else stats.get(name, {}),
+        )
         for base, tensor in zip(bases, tensors):
             base.append(tensor)
     labels = [arrays.get(f"{part}_labels") for part in ("train", "test")]
     labels = [None if x is None else torch.from_numpy(x.astype(np.int64)) for x in labels]
+    for part, mask in zip(("train", "test"), masks):
+        if not mask.any(1).all():
+            row = int((~mask.any(1)).argmax())
+            raise ValueError(f"{path}: row {row} of the {part} split shows nothing: leave it out")
+    train_mask, test_mask = (None if x.all() else torch.from_numpy(x) for x in masks)
+    note = ""
+    if train_mask is not None:
+        note = f"train_mask hides {1 - masks[0].mean():.0%} of the arrays"
+    with zipfile.ZipFile(path) as archive:
+        sums = [(member.filename, member.CRC) for member in archive.infolist()]
     return Dataset(
         name=str(path),
         train=Split(bases[0], labels=labels[0]),
         test=Split(bases[1], labels=labels[1]),
         spec={"name": "npz", "arrays": specs},
         names=tuple(names),
-        mask=None if mask is None else torch.from_numpy(mask),
+        mask=train_mask,
+        test_mask=test_mask,
         note=note,
+        digest=hashlib.sha256(repr(sums).encode()).hexdigest(),
     )
 
 
 def modality_names(path, arrays):
-    """The names of an archive's modalities, in its order; both splits must have each of them."""
-    keys = [key for key in arrays if key not in ("train_labels", "test_labels", "train_mask")]
+    """The names of an archive's modalities, in its order; both splits must have each of them, with
+    one row per example."""
+    extra = [f"{part}_{key}" for part in ("train", "test") for key in ("labels", "mask")]
+    keys = [key for key in arrays if key not in extra]
     names = list(dict.fromkeys(key.partition("_")[2] for key in keys))
     for key in keys:
         part, _, name = key.partition("_")
         if part not in ("train", "test") or not name:
             raise ValueError(
                 f"{path} has an array {key!r}; its arrays must be train_NAME and test_NAME, and may "
-                "be train_labels, test_labels and train_mask"
+                f"be {', '.join(extra)}"
             )
-    for name in names:
-        for part in ("train", "test"):
-            if f"{part}_{name}" not in arrays:
-                raise ValueError(f"{path} has no array {part}_{name!s}")
-        if name in UNPAIRED or any(c in name for c in "/\\,:"):
-            raise ValueError(f"{path}: a modality cannot be called {name!r}")
     if len(names) < 2:
         raise ValueError(f"{path} must have two modalities or more, not {len(names)}")
+    written = {f"{name}_{what}" for name in names for what in ("low", "high", "probabilities")}
+    for name in names:
+        if f"train_{name}" not in arrays or f"test_{name}" not in arrays:
+            raise ValueError(f"{path} must have both train_{name} and test_{name}")
+        if name in {*UNPAIRED, *written, "latent_mean", "latent_std"} or set(name) & set("/\\,:"):
+            raise ValueError(f"{path}: a modality cannot be called {name!r}")
+    for part in ("train", "test"):
+        rows = {key: x.shape[:1] for key, x in arrays.items() if key.startswith(f"{part}_")}
+        for key in rows:
+            x = arrays[key]
+            if x.dtype.kind not in "buif" or not x.ndim or not x.size:
+                raise ValueError(f"{path}: {key} must be numeric, with one row per example")
+            if key.endswith("_labels") and (x.ndim != 1 or x.dtype.kind not in "iu"):
+                raise ValueError(f"{path}: {key} must hold one integer per example")
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{key} has {n:,}" for key, (n,) in rows.items())
+            raise ValueError(f"{path}: the arrays of a split must have as many rows each: {counts}")
     return names
 
 
-def check_rows(path, part, arrays):
-    """ValueError unless all arrays of a split are numeric and have the same number of rows."""
-    rows = {}
-    for key, x in arrays.items():
-        if not key.startswith(f"{part}_"):
-            continue
-        if x.dtype.kind not in "buif" or not x.ndim or not x.size:
-            raise ValueError(f"{path}: {key} must be numeric, with one row per example")
-        if key.endswith("_labels") and (x.ndim != 1 or x.dtype.kind not in "iu"):
-            raise ValueError(f"{path}: {key} must hold one integer per example")
-        rows[key] = len(x)
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"{path}: arrays of one split must have as many rows each, not {rows}")
+def split_mask(path, part, names, arrays):
+    """train_mask or test_mask of an archive, (N, M) booleans; all true where it has none."""
+    shape = len(arrays[f"{part}_{names[0]}"]), len(names)
+    mask = arrays.pop(f"{part}_mask", np.ones(shape, bool))
+    if mask.shape != shape or not KINDS["bits"].valid(mask):
+        raise ValueError(
+            f"{path}: {part}_mask must hold 0 and 1, with the shape {shape} (examples, modalities)"
+        )
+    return mask.astype(bool)
 
 
 def user_array(where, pair, shown, limit, likelihood, stats):
     """One modality of a user's .npz.
 
-    pair: its training and its test array; shown (n,): the training examples that show it, all
-    others may hold anything; likelihood: the one asked for, or None; stats: to standardise numbers
-    with, {}: not at all, None: those of the training examples.
-    -> two tensors, {"kind", "shape", "likelihood", ...}: the arguments of nets.user_array
+    pair: its training and its test array; shown: for each, (n,) booleans, the examples that show
+    it, all others may hold anything; likelihood: the one asked for, or None; stats: to standardise
+    numbers with, {}: not at all, None: those of the training examples.
+    -> two tensors, {"kind", "shape", "likelihood", ...}: the arguments of nets.user_array. Numbers
+    that are standardised have "stats", other tables and classes their "marginal"
     """
-    train, test = (x[:, None] if x.ndim == 3 else x for x in pair)  # grey images get a channel
+    pair = [x[:, None] if x.ndim == 3 else x for x in pair]  # grey images get a channel
+    train, test = pair
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"{where} is {train.shape} in training, {test.shape} in the test split")
+    if train.ndim not in (1, 2, 4):
+        raise ValueError(f"{where} must have one, two or four axes, not {train.ndim}")
+    if train.ndim == 1 and train.dtype.kind == "f":
+        raise ValueError(f"{where} must have the shape (examples, features); a class is an integer")
     if train.ndim == 4 and min(train.shape[2:]) < 8:
         raise ValueError(
             f"{where} has images {train.shape}, smaller than 8 x 8: the order must be (examples, "
             "channels, height, width); or flatten them to (examples, features)"
         )
-    visible = train[shown]
-    kind = kind_of(visible, likelihood)
-    for x in (visible, test):
-        with np.errstate(over="ignore"):
-            finite = x.dtype.kind != "f" or np.isfinite(x.astype(np.float32)).all()
-        if not finite:
-            raise ValueError(f"{where} has values that are not finite; train_mask can hide them")
-        check_array(where, x, kind, likelihood)
+    kind = kind_of(train, likelihood, shown[0])
+    for part, x, seen in zip(("train", "test"), pair, shown):
+        for block in row_blocks(x, seen):
+            if not KINDS[kind].valid(block):
+                raise ValueError(
+                    f"{where} must hold {KINDS[kind].values}; the {part} split has other values, "
+                    f"which {part}_mask can hide"
+                )
+    if likelihood and likelihood not in KINDS[kind].likelihoods:
+        choices = " or ".join(KINDS[kind].likelihoods)
+        raise ValueError(f"{where} ({kind}) needs the likelihood {choices}, not {likelihood!r}")
     likelihood = likelihood or KINDS[kind].likelihoods[0]
     spec = {"kind": kind, "shape": list(train.shape[1:]), "likelihood": likelihood}
-    train = np.where(shown.reshape(-1, *[1] * (train.ndim - 1)), train, train.dtype.type(0))
+    if stats and np.shape(stats["mean"]) != train.shape[1:]:
+        raise ValueError(f"{where} does not have the features that the run began with")
     if kind == "class":
-        spec["classes"] = 1 + int(max(visible.max(), test.max()))
-    if kind == "numbers":
-        stats = feature_stats(train[:limit][shown[:limit]]) if stats is None else stats
-        if stats:
-            spec["stats"] = stats
-            train, test = (standardise(x.astype(np.float64), stats) for x in (train, test))
-    dtype = KINDS[kind].dtype
-    return [torch.from_numpy(x.astype(dtype, copy=False)) for x in (train, test)], spec
+        spec["classes"] = 1 + max(int(x[seen].max()) for x, seen in zip(pair, shown))
+        counts = np.bincount(train[:limit][shown[0][:limit]].astype(int), minlength=spec["classes"])
+        spec["marginal"] = {"mean": (counts / counts.sum()).tolist()}
+    elif kind == "numbers" and stats is None:
+        spec["stats"] = feature_stats(train[:limit], shown[0][:limit])
+    elif kind == "numbers" and stats:
+        spec["stats"] = stats
+    elif train.ndim == 2:
+        spec["marginal"] = feature_stats(train[:limit], shown[0][:limit])
+    tensors = []
+    for x, seen in zip(pair, shown):
+        stored = np.zeros(x.shape, KINDS[kind].dtype)  # zero where hidden
+        start = 0
+        for block in row_blocks(x):
+            rows = slice(start, start + len(block))
+            start += len(block)
+            if "stats" in spec:
+                block = standardise(block.astype(np.float64), spec["stats"])
+            stored[rows][seen[rows]] = block[seen[rows]]
+        tensors.append(torch.from_numpy(stored))
+    return tensors, spec
 
 
-def feature_stats(x):
-    """Mean and standard deviation of each feature of x (n, ...); 1 for a constant one.
-    -> {"mean", "std"}, nested lists in the feature's shape"""
-    x = x.astype(np.float64)
-    std = np.where(np.ptp(x, 0) > 0, x.std(0), 1.0)
-    return {"mean": x.mean(0).tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
+def feature_stats(x, shown=None):
+    """Mean and standard deviation of each feature of x (n, *shape), without NaN and without the rows
+    that `shown` (n,) excludes; deviation 1 for a feature that is constant up to rounding.
+    -> {"mean", "std"}, nested lists of x's feature shape"""
+    n, total = 0, 0.0
+    for block in row_blocks(x, shown):
+        n = n + (~np.isnan(block)).sum(0)
+        total = total + np.nansum(block, 0, dtype=np.float64)
+    mean = total / np.maximum(n, 1)
+    squares = 0.0
+    for block in row_blocks(x, shown):
+        squares = squares + np.nansum((block.astype(np.float64) - mean) ** 2, 0)
+    std = np.sqrt(squares / np.maximum(n, 1))
+    # the rounding of the values, and of sums of n of them as scikit-learn bounds it
+    eps = np.finfo(x.dtype if x.dtype.kind == "f" else np.float64).eps
+    rounding = np.maximum(eps, n * np.finfo(np.float64).eps) * np.abs(mean)
+    std = np.where(std > rounding, std, 1.0)
+    return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 def standardise(x, stats):
@@ -472,6 +557,22 @@ def unstandardise(x, stats):
     if not stats:
         return x
     return x * like(stats["std"], x) + like(stats["mean"], x)
+
+
+def describe(spec):
+    """One line per array of a user's .npz: the kind that it was taken for, and its likelihood."""
+    lines = []
+    for name, array in spec.get("arrays", {}).items():
+        size = " x ".join(map(str, array["shape"])) or f"one of {array['classes']}"
+        line = f"{name}: {array['kind']} ({size}), {array['likelihood']}"
+        if array["kind"] == "numbers":
+            line += ", standardised (--no-standardise)" if "stats" in array else ""
+        if array["kind"] == "counts":
+            line += "; a class must be integers of shape (examples,)"
+        if len(array["shape"]) == 3:
+            line += "; images must be (examples, channels, height, width)"
+        lines.append(f"{line}; --likelihoods changes it")
+    return lines
 
 
 def like(values, x):
@@ -535,7 +636,8 @@ def read_run(folder, device="cpu"):
         state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
         spec, _, _ = args["spec"], state["model"], state["log"]
     except Exception as error:  # truncated, damaged, or not a run's
-        raise ValueError(f"{folder} cannot be read as a run: {error}") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{folder} cannot be read as a run: {reason}") from None
     if spec.get("name") == "npz" and "arrays" not in spec:
         raise ValueError(
             f"{folder} is of an earlier version, which read tables differently: train again"
@@ -583,6 +685,7 @@ def save_grid(rows, path):
 def main(argv=None):
     p = argparse.ArgumentParser(
         description="Prepare a data set, print its sizes and draw a preview.",
+        usage="%(prog)s DATASET [--data DIR] [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("dataset", help=f"{', '.join(DATASETS)} or a path.npz")

@@ -30,7 +30,7 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=100, batch_size=128, lr=5e-4, latent_dim=20),
     "cub": dict(epochs=300, batch_size=128, lr=1e-4, latent_dim=64, clip=1000.0),
     "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
-    "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
+    "npz": dict(batch_size=128, lr=1e-3, latent_dim=20, samples=3),
 }
 
 LOGVAR_10 = 2 * math.log(10)  # a scale of 10
@@ -104,7 +104,9 @@ class MEME(nn.Module):
         self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)
         self.pseudo = nn.ParameterList()  # u_1..N of each modality, of x's shape; words as logits
         for m, decode in zip(modalities, self.decoders):
-            shape = decode(torch.zeros(1, latent_dim)).shape[1:]  # categorical: one more axis
+            shape = m.shape
+            if m.likelihood == "categorical":  # a logit for each word or class
+                shape = decode(torch.zeros(1, latent_dim)).shape[1:]
             u = torch.rand(pseudo_samples, *shape)
             if m.likelihood == "categorical":
                 u = CERTAIN * F.one_hot(u.argmax(-1), u.shape[-1]).float()
@@ -223,6 +225,23 @@ class MEME(nn.Module):
             return normal(mu[0], logvar[0])
         return mixture(*(parameter.transpose(0, 1).contiguous() for parameter in (mu, logvar)))
 
+    @torch.no_grad()
+    def resample(self, *xs, samples=1, candidates=100):
+        """App. A's q(z|s,t) = q(z|s) q(t|z) / q(t|s), for several observed modalities: of
+        `candidates` z ~ q(z|s), draws with weights q(t|z), each modality being s in turn.
+        -> (samples, B, L)"""
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        if len(seen) == 1:
+            return self.posterior(*xs).sample((samples,))
+        gaussians, draws = self.encode(xs), [None] * samples
+        for turn, s in enumerate(seen[:samples]):
+            z = normal(*gaussians[s]).sample((candidates,))  # (candidates, B, L)
+            log_q_t = sum(self.log_p(m, z, xs[m]) for m in seen if m != s)  # (candidates, B)
+            count = len(range(turn, samples, len(seen)))
+            k = Categorical(logits=log_q_t.T).sample((count,))  # (count, B)
+            draws[turn :: len(seen)] = z[k, torch.arange(z.shape[1], device=z.device)]
+        return torch.stack(draws)
+
     def prior(self, *xs):
         """p(z) of examples that show one modality alone, eq. (4); for several, or without xs, the
         mixture over all pseudo-samples, which is our choice. Event (L,)."""
@@ -260,7 +279,9 @@ from pathlib import Path
 import data
 
 # --resume may change these; every other setting is the run's
-FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "data", "out", "resume"}
+FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "dataset", "data", "out", "resume"}
+
+LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
 
 
 def parse_args(argv=None, saved=None):
@@ -283,7 +304,7 @@ def parse_args(argv=None, saved=None):
     flag("--paired", type=float, default=1.0, help="fraction of examples with all modalities")
     flag("--unpaired", default="split", help="the others show: split, all, rest, none, or a NAME")
     flag("--sampling", default="natural", choices=data.SAMPLING, help="how a batch mixes streams")
-    flag("--epochs", type=int, help="passes over the training examples")
+    flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
@@ -307,6 +328,8 @@ def parse_args(argv=None, saved=None):
         value = getattr(args, key)
         if value is not None and not 0 < value < math.inf:
             p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
+    if args.clip is not None and args.clip < 0:
+        p.error(f"--clip must not be negative, not {args.clip}")
     out = args.out or os.path.join("runs", run_name(p, args))
     if saved:
         kept = saved.keys() - {"device", "out", "resume"}
@@ -358,6 +381,10 @@ def build(args, saved):
         groups=dataset.groups,
     )
 
+    if args.epochs is None:  # a path.npz: small tables need more passes
+        _, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
+        args.epochs = max(LEAST_EPOCHS, -(-LEAST_STEPS // steps))
+
     # model
     spec = dataset.spec | {"width": args.width}
     if args.weights:
@@ -370,7 +397,10 @@ def build(args, saved):
 
     record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__} | vars(args)
     record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
-    for key in ("model", "spec", "note", "examples"):
+    record["digest"] = dataset.digest
+    if saved.get("model", MODEL.__name__) != MODEL.__name__:
+        raise ValueError(f"{args.out} is a run of {saved['model']}, not of {MODEL.__name__}")
+    for key in ("note", "examples", "digest" if dataset.digest else "spec"):
         if saved.get(key, record[key]) != record[key]:
             raise ValueError(f"{args.dataset} does not hold the data that {args.out} began with")
     return dataset, streams, model, record
@@ -417,6 +447,8 @@ def main(argv=None):
         save(run, record, model, optimizer, state["epoch"], state["log"])
         size = sum(w.numel() for w in model.parameters())
         print(f"{run}  {size:,} weights  {len(train):,} examples  {dataset.note}", flush=True)
+        for line in data.describe(dataset.spec):
+            print(line, flush=True)
 
     # train
     sizes, steps = data.batch_sizes(streams, args.batch_size, args.sampling)

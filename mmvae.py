@@ -28,7 +28,7 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20, samples=30),
     "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64, samples=50),
     "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
-    "npz": dict(epochs=100, batch_size=128, lr=1e-3, latent_dim=20),
+    "npz": dict(batch_size=128, lr=1e-3, latent_dim=20, samples=3),
 }
 DEFAULTS["mnist-svhn"] |= dict(weights=f"{3072 / 784},1")  # as if MNIST had as many values as SVHN
 
@@ -162,7 +162,9 @@ from pathlib import Path
 import data
 
 # --resume may change these; every other setting is the run's
-FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "data", "out", "resume"}
+FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "dataset", "data", "out", "resume"}
+
+LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
 
 
 def parse_args(argv=None, saved=None):
@@ -185,7 +187,7 @@ def parse_args(argv=None, saved=None):
     flag("--paired", type=float, default=1.0, help="fraction of examples with all modalities")
     flag("--unpaired", default="split", help="the others show: split, all, rest, none, or a NAME")
     flag("--sampling", default="natural", choices=data.SAMPLING, help="how a batch mixes streams")
-    flag("--epochs", type=int, help="passes over the training examples")
+    flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
@@ -209,6 +211,8 @@ def parse_args(argv=None, saved=None):
         value = getattr(args, key)
         if value is not None and not 0 < value < math.inf:
             p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
+    if args.clip is not None and args.clip < 0:
+        p.error(f"--clip must not be negative, not {args.clip}")
     out = args.out or os.path.join("runs", run_name(p, args))
     if saved:
         kept = saved.keys() - {"device", "out", "resume"}
@@ -260,6 +264,10 @@ def build(args, saved):
         groups=dataset.groups,
     )
 
+    if args.epochs is None:  # a path.npz: small tables need more passes
+        _, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
+        args.epochs = max(LEAST_EPOCHS, -(-LEAST_STEPS // steps))
+
     # model
     spec = dataset.spec | {"width": args.width}
     if args.weights:
@@ -272,7 +280,10 @@ def build(args, saved):
 
     record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__} | vars(args)
     record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
-    for key in ("model", "spec", "note", "examples"):
+    record["digest"] = dataset.digest
+    if saved.get("model", MODEL.__name__) != MODEL.__name__:
+        raise ValueError(f"{args.out} is a run of {saved['model']}, not of {MODEL.__name__}")
+    for key in ("note", "examples", "digest" if dataset.digest else "spec"):
         if saved.get(key, record[key]) != record[key]:
             raise ValueError(f"{args.dataset} does not hold the data that {args.out} began with")
     return dataset, streams, model, record
@@ -319,6 +330,8 @@ def main(argv=None):
         save(run, record, model, optimizer, state["epoch"], state["log"])
         size = sum(w.numel() for w in model.parameters())
         print(f"{run}  {size:,} weights  {len(train):,} examples  {dataset.note}", flush=True)
+        for line in data.describe(dataset.spec):
+            print(line, flush=True)
 
     # train
     sizes, steps = data.batch_sizes(streams, args.batch_size, args.sampling)

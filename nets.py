@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LIKELIHOODS = ("bernoulli", "laplace", "normal", "poisson", "categorical")
+LIKELIHOODS = ("bernoulli", "laplace", "normal", "poisson", "negative-binomial", "categorical")
 PAD = 1  # the index of <pad> in every vocabulary: padding is not scored
 NO_CLASS = -100  # F.cross_entropy's ignore_index where every class is scored
 MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 1/scale^2 explodes
@@ -30,7 +30,9 @@ class Modality(NamedTuple):
     encoder(latent_dim) builds a module from x to (mu, logvar), each (B, L); decoder(latent_dim) one
     from z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical),
     the location (laplace, normal) or the log rate (poisson). `weight` multiplies the log-likelihood
-    in a model's objective; `scale` is the scale of laplace and normal.
+    in a model's objective; `scale` is the scale of laplace and normal. With scale None it is
+    learned: the parameter has one more axis, of length 2, for location and log scale. That of
+    negative-binomial has it, too, for log rate and log dispersion.
 
     A class, one of C per example, has the shape () and the likelihood categorical: x is int64 (B,),
     its parameter (..., B, C). Counts are whole numbers from 0 on, as floats.
@@ -48,9 +50,11 @@ class Modality(NamedTuple):
 def log_prob(modality, parameter, x):
     """log p(x|z), summed over the features, constants kept, unweighted, in nats.
 
-    parameter (..., B, *shape), for categorical (..., B, *shape, V); x (B, *shape) -> (..., B),
-    float32. Padding in a caption is not scored. Bernoulli also takes greys in [0, 1], which makes
-    it a pseudo-likelihood. ValueError where a shape does not fit: nothing is broadcast.
+    parameter (..., B, *shape), for categorical (..., B, *shape, V), for a learned scale or
+    dispersion (..., B, *shape, 2); x (B, *shape) -> (..., B), float32. Padding in a caption is not
+    scored, nor is NaN, a missing entry, under a learned scale. Bernoulli also takes greys in
+    [0, 1], which makes it a pseudo-likelihood. ValueError where a shape does not fit: nothing is
+    broadcast.
     """
     check_shapes(modality, parameter, x)
     parameter, features = parameter.float(), tuple(range(-len(modality.shape), 0))
@@ -66,20 +70,38 @@ def log_prob(modality, parameter, x):
         return -cross_entropy.sum(features)
     if modality.likelihood == "poisson":
         return (x * parameter - torch.exp(parameter) - torch.lgamma(x + 1)).sum(features)
+    if modality.likelihood == "negative-binomial":
+        log_rate, log_r = parameter.unbind(-1)
+        r, log_total = torch.exp(log_r), torch.logaddexp(log_rate, log_r)
+        choose = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
+        return (choose + r * (log_r - log_total) + x * (log_rate - log_total)).sum(features)
     if modality.likelihood not in ("laplace", "normal"):
         raise ValueError(
             f"the likelihood must be one of {', '.join(LIKELIHOODS)}, not {modality.likelihood!r}"
         )
-    error = (x - parameter) / modality.scale
-    if modality.likelihood == "laplace":
-        return (-error.abs() - math.log(2 * modality.scale)).sum(features)
-    return (-0.5 * error**2 - math.log(modality.scale * math.sqrt(2 * math.pi))).sum(features)
+    laplace = modality.likelihood == "laplace"
+    if modality.scale is not None:
+        error = (x - parameter) / modality.scale
+        constant = math.log(modality.scale * (2 if laplace else math.sqrt(2 * math.pi)))
+        return ((-error.abs() if laplace else -0.5 * error**2) - constant).sum(features)
+    location, log_scale = parameter.unbind(-1)
+    missing = x.isnan()
+    error = torch.where(missing, 0.0, x - location) * torch.exp(-log_scale)
+    constant = log_scale + (math.log(2) if laplace else 0.5 * math.log(2 * math.pi))
+    nats = (-error.abs() if laplace else -0.5 * error**2) - constant
+    return torch.where(missing, 0.0, nats).sum(features)
+
+
+def extra_axis(modality):
+    """True where the parameter has one more axis than x."""
+    learned = modality.likelihood in ("laplace", "normal") and modality.scale is None
+    return learned or modality.likelihood in ("categorical", "negative-binomial")
 
 
 def check_shapes(modality, parameter, x):
-    """ValueError unless x is (B, *shape) and the decoder's parameter (..., B, *shape), with one more
-    axis for categorical: (B,) against (B, 1) would be broadcast to (B, B)."""
-    own = parameter.shape[:-1] if modality.likelihood == "categorical" else parameter.shape
+    """ValueError unless x is (B, *shape) and the decoder's parameter (..., B, *shape), or one axis
+    more: (B,) against (B, 1) would be broadcast to (B, B)."""
+    own = parameter.shape[:-1] if extra_axis(modality) else parameter.shape
     if x.shape[1:] != torch.Size(modality.shape) or own[len(own) - x.ndim :] != x.shape:
         raise ValueError(
             f"{modality.name} must have the shape {('B', *modality.shape)}, not {tuple(x.shape)}; "
@@ -89,12 +111,34 @@ def check_shapes(modality, parameter, x):
 
 def mean(modality, parameter):
     """E[x|z] from the decoder's parameter: probabilities for bernoulli and categorical, the rate for
-    poisson, else the location."""
+    poisson and negative-binomial, else the location."""
     if modality.likelihood == "bernoulli":
         return torch.sigmoid(parameter)
+    if modality.likelihood == "categorical":
+        return parameter.softmax(-1)
+    if extra_axis(modality):
+        parameter = parameter[..., 0]
+    counts = modality.likelihood in ("poisson", "negative-binomial")
+    return torch.exp(parameter) if counts else parameter
+
+
+def sample(modality, parameter):
+    """One draw from p(x|z), of x's shape: classes and words as integers."""
+    if modality.likelihood == "categorical":
+        return torch.distributions.Categorical(logits=parameter).sample()
+    if modality.likelihood == "bernoulli":
+        return torch.bernoulli(torch.sigmoid(parameter))
     if modality.likelihood == "poisson":
-        return torch.exp(parameter)
-    return parameter.softmax(-1) if modality.likelihood == "categorical" else parameter
+        return torch.poisson(torch.exp(parameter))
+    if modality.likelihood == "negative-binomial":  # a Poisson whose rate is gamma distributed
+        log_rate, log_r = parameter.unbind(-1)
+        rate = torch.distributions.Gamma(torch.exp(log_r), torch.exp(log_r - log_rate)).sample()
+        return torch.poisson(rate)
+    location, log_scale = parameter, torch.tensor(math.log(modality.scale or 1))
+    if modality.scale is None:
+        location, log_scale = parameter.unbind(-1)
+    family = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
+    return family[modality.likelihood](location, torch.exp(log_scale)).sample()
 
 
 # ---------------------------------------------------------------------------------- building blocks
@@ -216,11 +260,39 @@ class WordLogits(nn.Module):
 
 
 class LogCounts(nn.Module):
-    """log(1 + x); for x < 0, which pseudo-samples may become, -log(1 - x)."""
+    """log(1 + x) with about mean 0 and deviation 1, given the mean and deviation of the counts; for
+    x < 0, which pseudo-samples may become, -log(1 - x)."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("centre", torch.log1p(mean), persistent=False)
+        self.register_buffer("factor", (1 + mean) / std.clamp_min(1e-6), persistent=False)
 
     def forward(self, x):
         below = x < 0  # abs and clamp have no gradient at 0, the most frequent count
-        return torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
+        logs = torch.where(below, 0, x).log1p() - torch.where(below, -x, 0).log1p()
+        return ((logs - self.centre) * self.factor).flatten(1)
+
+
+class Observed(nn.Module):
+    """Numbers as they are, missing ones (NaN) as 0, the mean."""
+
+    def forward(self, x):
+        return x.nan_to_num(0.0).flatten(1)
+
+
+class Learned(nn.Module):
+    """(B, *shape) -> (B, *shape, 2): the second is a learned number for each feature, the log of a
+    scale or of a dispersion, which stays above `floor`."""
+
+    def __init__(self, start, floor):
+        super().__init__()
+        self.value = nn.Parameter(start.clone())
+        self.register_buffer("floor", torch.as_tensor(floor), persistent=False)
+
+    def forward(self, h):
+        value = self.floor + F.softplus(self.value - self.floor)
+        return torch.stack([h, value.expand_as(h)], -1)
 
 
 class OneHot(nn.Module):
@@ -247,13 +319,20 @@ def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False, first=nn.Flat
     return Encoder(nn.Sequential(*layers), sizes[-1], latent_dim)
 
 
-def mlp_decoder(sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash=False):
-    """sizes: one per layer, the output's width last; squash: a sigmoid, for a location in (0, 1)."""
+def mlp_decoder(
+    sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash=False, start=None, learned=()
+):
+    """sizes: one per layer, the output's width last; squash: a sigmoid, for a location in (0, 1);
+    start: the biases that the output starts with; learned: arguments of Learned."""
     layers, a = [], latent_dim
     for b in sizes[:-1]:
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
         a = b
     layers += [nn.Linear(a, sizes[-1]), *([nn.Sigmoid()] if squash else [])]
+    if start is not None:
+        layers[-1].bias.data.copy_(start.flatten())
+    if learned:
+        layers.append(Learned(*learned))
     return Decoder(nn.Sequential(*layers), shape)
 
 
@@ -448,29 +527,40 @@ def fingerprints():
     return Modality("fingerprint", (2149,), encoder, decoder, "bernoulli")
 
 
-STANDARD_SCALE = 0.1
-
-
-def user_array(name, kind, shape, likelihood, classes=None, stats=None):
+def user_array(name, kind, shape, likelihood, classes=None, stats=None, marginal=None):
     """A user's own array. Images (C, H, W) get SVHN's networks, all others two hidden layers as wide
-    as the array, from 64 to 512.
+    as the array, from 64 to 512. The output starts at the marginal of the training examples, and
+    numbers and counts learn a scale or dispersion per feature, which starts there, too.
 
     kind, likelihood: a key of data.KINDS and one of its likelihoods; classes: how many, for a class;
-    stats: those that standardise the numbers, if any.
+    stats: those that standardise numbers, if any; marginal: {"mean", "std"} of all other tables in
+    training, of a class {"mean": frequencies}.
     """
     shape = tuple(shape)
     if len(shape) == 3:
         return with_likelihood(conv(name, shape, (32, 64, 128)), likelihood)
     size = classes or math.prod(shape)
     hidden = min(max(size, 64), 512)
-    first = nn.Flatten
+    marginal = marginal or {"mean": torch.zeros(shape).tolist(), "std": torch.ones(shape).tolist()}
+    mean, std = torch.tensor(marginal["mean"]), torch.tensor(marginal.get("std", 1.0))
+    first, learned = nn.Flatten, ()
     if kind == "class":
-        first = partial(OneHot, classes)
+        first, start = partial(OneHot, classes), mean.clamp_min(1e-3).log()
     elif kind == "counts":
-        first = LogCounts
+        first, start = partial(LogCounts, mean, std), mean.clamp_min(1e-3).log()
+        # the variance of a negative binomial is mean + mean² / r
+        r = mean**2 / (std**2 - mean).clamp_min(1e-6)
+        if likelihood == "negative-binomial":
+            learned = (r.clamp(1e-2, 1e4).log(), torch.tensor(-10.0))
+    elif kind == "numbers":
+        first, start = Observed, mean
+        learned = (std.log(), std.log() + math.log(1e-2))
+    else:
+        start = torch.logit(mean.clamp(1e-3, 1 - 1e-3))
     encoder = partial(mlp_encoder, (size, hidden, hidden), first=first)
-    decoder = partial(mlp_decoder, (hidden, hidden, size), (classes,) if classes else shape)
-    scale = STANDARD_SCALE if stats else 1.0
+    parameter = (classes,) if classes else (*shape, 2) if learned else shape
+    decoder = partial(mlp_decoder, (hidden, hidden, size), parameter, start=start, learned=learned)
+    scale = None if kind == "numbers" else 1.0
     return Modality(name, shape, encoder, decoder, likelihood, scale=scale)
 
 
@@ -480,7 +570,7 @@ def with_likelihood(modality, likelihood):
         choices = ", ".join(LIKELIHOODS)
         raise ValueError(f"the likelihood must be one of {choices}, not {likelihood!r}")
     fits = (likelihood == "categorical") == (modality.likelihood == "categorical")
-    if not fits or likelihood == "poisson":
+    if not fits or likelihood in ("poisson", "negative-binomial"):
         raise ValueError(f"{modality.name} cannot have the likelihood {likelihood}")
     decoder = modality.decoder
     if modality.likelihood == "bernoulli" and likelihood != "bernoulli":

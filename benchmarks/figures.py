@@ -28,8 +28,8 @@ from benchmarks.tables import columns, grouped, row_names, setting
 
 @contextlib.contextmanager
 def attempt(path, failed):
-    """Draw the figure `path` in a with block. If that raises, print the error, add the path to
-    `failed` and go on."""
+    """The context in which the figure `path` is drawn: an exception is printed, not raised, and the
+    path added to `failed`."""
     print(f"drawing {path} ...", file=sys.stderr)
     try:
         yield

@@ -86,7 +86,7 @@ def of_sizes(*sizes):
         ((3, 41, 8), 8, "balanced", ([3, 8, 8], 6)),  # 41 / 8, rounded up
     ],
 )
-def test_the_sizes_of_a_step_and_the_steps_of_an_epoch(sizes, batch_size, sampling, expected):
+def test_sizes_of_a_step_and_steps_of_an_epoch(sizes, batch_size, sampling, expected):
     assert data.batch_sizes(of_sizes(*sizes), batch_size, sampling) == expected
 
 
@@ -266,7 +266,7 @@ def test_groups_of_one_give_the_counts_without_groups():
         assert [len(index) for _, index in streams] == [15, 18, 17]
 
 
-def test_a_hidden_fingerprint_is_hidden_in_all_spectra_of_its_compound(tmp_path):
+def test_a_fingerprint_is_hidden_in_all_spectra_of_its_compound(tmp_path):
     pytest.importorskip("rdkit")
     peaks = ["57.07 100\n71.08 25", "60.1 3\n99.2 9", "61.1 3\n98.2 9"]
     (tmp_path / "a.msp").write_text("".join(record(s, p) for p in peaks for s in MOLECULES))
@@ -289,8 +289,8 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"train_1": None}, "no array train_1"),
-        ({"test_1": None}, "no array test_1"),
+        ({"train_1": None}, "train_1"),
+        ({"test_1": None}, "test_1"),
         ({"extra": np.zeros(1)}, "an array 'extra'"),
         ({"train_1": None, "test_1": None}, "two modalities or more, not 1"),
         ({"train_split": np.ones(4), "test_split": np.ones(2)}, "called 'split'"),
@@ -301,7 +301,7 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
         ({"train_mask": np.ones((4, 3), bool)}, r"train_mask .*\(4, 2\)"),
         ({"train_mask": np.ones((2, 4), bool)}, "as many rows"),
         ({"train_mask": np.full((4, 2), 0.5)}, "train_mask must hold 0 and 1"),
-        ({"train_mask": np.array([[1, 0]] * 4)}, "no training example shows 1"),
+        ({"train_mask": np.array([[1, 0]] * 4)}, "no .*example.* shows 1"),
         ({"train_labels": np.ones(3, int)}, "as many rows"),
         ({"train_labels": np.ones(4)}, "train_labels must hold one integer"),
         ({"train_0": np.array([["a"]] * 4)}, "train_0 must be numeric"),
@@ -350,7 +350,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "a.csv").read_bytes() == b"epoch,b\r\n1,0.5\r\n2,nan\r\n"
 
 
-def test_what_is_prepared_lies_below_the_data_or_here_if_read_only(tmp_path, monkeypatch):
+def test_prepared_files_of_a_read_only_root_go_to_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "root" / "cub").mkdir(parents=True)
     inside = tmp_path / "root" / "cub" / "features.npz"
