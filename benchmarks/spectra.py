@@ -654,6 +654,12 @@ def tops(top_k, values, median):
 def notes(results):
     """Lines below the table of these results: the baselines, and the ranks of each run."""
     lines, ranked = [], [r for r in results if "ranks" in r]
+    for r in results[:1]:
+        bits = r["frequency"]["bits"]
+        lines.append(
+            f"Bit frequencies in training as the prediction: bit accuracy {bits['accuracy']:.3f}, "
+            f"Tanimoto {bits['tanimoto']:.3f}, cross entropy {bits['cross_entropy']:.1f}."
+        )
     if not ranked:
         return lines
     baselines = {"frequency": "Bit frequencies in training", "random": "Random order"}

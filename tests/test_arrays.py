@@ -160,6 +160,188 @@ def test_what_a_mask_hides_may_be_anything_and_changes_nothing(tmp_path):
         assert not b.train.bases[m][~shown].any()
 
 
+def test_integers_of_any_width_are_counts(tmp_path):
+    counts = RNG.integers(0, 200, (N, 3))
+    for dtype in ("u1", "i2", "i8"):
+        path = saved(tmp_path / "a.npz", {"x": counts.astype(dtype), "y": RNG.normal(size=(N, 2))})
+        dataset = data.load(path)
+        spec = dataset.spec["arrays"]["x"]
+        assert (spec["kind"], spec["likelihood"]) == ("counts", "negative-binomial")
+        assert_close(dataset.test.bases[0], torch.from_numpy(counts).float())
+
+
+def test_rounding_is_no_deviation_of_a_feature():
+    x = RNG.normal(size=(1000, 3)) * [1, 1e-13, 1e-3] + [0, 1, 1000]
+    assert data.feature_stats(x)["std"] == pytest.approx([x[:, 0].std(), 1, x[:, 2].std()])
+    shares = RNG.random((1000, 3))
+    total = (shares / shares.sum(1, keepdims=True)).sum(1, keepdims=True)
+    assert total.std() > 0 and data.feature_stats(total)["std"] == [1]
+    assert data.feature_stats(total.astype("f4"))["std"] == [1]
+    assert data.feature_stats((1000 + RNG.normal(size=(1000, 1))).astype("f4"))["std"][0] < 1.2
+
+
+def test_nan_is_a_missing_entry_or_a_missing_row(tmp_path):
+    x, y = RNG.normal(size=(N, 3)) + 5, RNG.normal(size=(N, 2))
+    x[3, 1], x[7], y[9, 0] = np.nan, np.nan, np.nan
+    dataset = data.load(saved(tmp_path / "a.npz", {"x": x, "y": y}))
+    assert dataset.mask.tolist() == [[row != 7, True] for row in range(N)]
+    assert torch.equal(dataset.test_mask, dataset.mask)
+    stats = dataset.spec["arrays"]["x"]["stats"]
+    assert np.allclose(stats["mean"], np.nanmean(x, 0))
+    assert np.allclose(stats["std"], np.nanstd(x, 0))
+    base = dataset.train.bases[0]
+    assert base.isnan().nonzero().tolist() == [[3, 1]] and not base[7].any()
+    # the encoder sees 0, the mean, and the entry is not scored
+    (modality, _) = nets.modalities(**dataset.spec)
+    encode, decode = modality.encoder(2), modality.decoder(2)
+    zero = base[3:4].nan_to_num(0.0)
+    assert_close(encode(base[3:4]), encode(zero))
+    parameter = decode(torch.randn(1, 2))
+    location, log_scale = parameter.unbind(-1)
+    normal = torch.distributions.Normal(location, log_scale.exp()).log_prob(zero)[0]
+    nats = nets.log_prob(modality, parameter, base[3:4])
+    assert_close(nats[0], normal[0] + normal[2])
+    nats.sum().backward()
+    assert all(w.grad.isfinite().all() for w in decode.parameters())
+    x[:, 0] = np.inf
+    with pytest.raises(ValueError, match="a.npz: x must hold numbers that are finite"):
+        data.load(saved(tmp_path / "a.npz", {"x": x, "y": y}))
+
+
+def test_a_test_mask_says_what_test_rows_show(tmp_path):
+    arrays = {"x": RNG.normal(size=(N, 3)), "y": np.arange(N) % 3}
+    mask = np.arange(N)[:, None] % 4 != [0, 1]
+    dataset = data.load(saved(tmp_path / "a.npz", arrays, test_mask=mask))
+    assert dataset.mask is None and dataset.test_mask.tolist() == mask.tolist()
+    for bad in (mask[:, :1], np.where(mask, 1, np.nan)):
+        with pytest.raises(ValueError, match="test_mask must hold 0 and 1"):
+            data.load(saved(tmp_path / "a.npz", arrays, test_mask=bad))
+    nothing = mask & (np.arange(N) != 5)[:, None]
+    with pytest.raises(ValueError, match="row 5 of the test split shows nothing"):
+        data.load(saved(tmp_path / "a.npz", arrays, test_mask=nothing))
+
+
+@pytest.mark.parametrize("name", ["latent_mean", "x_low", "x_high", "x_probabilities", "all"])
+def test_names_that_fill_writes_itself_are_refused(name, tmp_path):
+    arrays = {"x": RNG.normal(size=(N, 3)), name: RNG.normal(size=(N, 3))}
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        data.load(saved(tmp_path / "a.npz", arrays))
+
+
+def test_a_moved_archive_continues_its_run(arrays, tmp_path, capsys):
+    run, moved = tmp_path / "run", tmp_path / "moved.npz"
+    train("mvae", dataset=arrays, batch_size=16, epochs=1, out=run)
+    Path(arrays).rename(moved)
+    train("mvae", dataset=moved, batch_size=16, epochs=2, out=run, resume=True)
+    kept = dict(np.load(moved))
+    kept["test_0"] = kept["test_0"] + 1
+    np.savez(moved, **kept)
+    refused("mvae", dataset=moved, batch_size=16, epochs=3, out=run, resume=True)
+    assert "moved.npz does not hold the data" in capsys.readouterr().err
+
+
+def test_a_run_says_what_each_array_was_taken_for(arrays, tmp_path, capsys):
+    train("mvae", dataset=arrays, epochs=1, out=tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("0: numbers (5), normal, standardised (--no-standardise); --like")
+    assert lines[2].startswith("1: bits (4), bernoulli; --likelihoods changes it")
+
+
+def test_small_tables_get_1500_steps_and_large_ones_50_epochs(arrays, tmp_path, monkeypatch):
+    for script in SCRIPTS.values():
+        assert (script.LEAST_EPOCHS, script.LEAST_STEPS) == (50, 1500)
+    for least, rows in ((30, 32), (4, 96)):
+        monkeypatch.setattr(mvae, "LEAST_STEPS", least)
+        monkeypatch.setattr(mvae, "LEAST_EPOCHS", 3)
+        run = tmp_path / str(rows)
+        train("mvae", dataset=arrays, limit=rows, batch_size=16, out=run)
+        epochs = json.loads((run / "args.json").read_text(encoding="utf-8"))["epochs"]
+        assert epochs == max(3, -(-least // (rows // 16)))
+
+
+# ------------------------------------------------------------ learned scales, outputs at the marginal
+
+
+def test_a_learned_scale_is_that_of_the_distribution():
+    location, log_scale = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    x, parameter = torch.randn(4, 2), torch.stack([location, log_scale], -1)
+    for name, family in (
+        ("normal", torch.distributions.Normal),
+        ("laplace", torch.distributions.Laplace),
+    ):
+        modality = nets.Modality("x", (2,), None, None, name, scale=None)
+        expected = family(location, log_scale.exp()).log_prob(x).sum(-1)
+        assert_close(nets.log_prob(modality, parameter, x), expected)
+        assert_close(nets.mean(modality, parameter), location)
+
+
+def test_counts_have_the_negative_binomial_s_probabilities():
+    modality = nets.Modality("c", (2,), None, None, "negative-binomial")
+    log_rate, log_r = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    x, parameter = torch.poisson(torch.full((4, 2), 3.0)), torch.stack([log_rate, log_r], -1)
+    expected = torch.distributions.NegativeBinomial(log_r.exp(), logits=log_rate - log_r)
+    assert_close(nets.log_prob(modality, parameter, x), expected.log_prob(x).sum(-1))
+    assert_close(nets.mean(modality, parameter), expected.mean)
+
+
+@pytest.mark.parametrize("likelihood", nets.LIKELIHOODS)
+def test_draws_have_the_moments_of_the_likelihood(likelihood):
+    p = torch.tensor([[0.4, -1.0], [1.2, -0.3]])  # (features, location and log scale), or logits
+    scale = None if likelihood in ("normal", "laplace") else 1.0
+    shape = () if likelihood == "categorical" else (2,)
+    modality = nets.Modality("x", shape, None, None, likelihood, scale=scale)
+    parameter = p if nets.extra_axis(modality) else p[:, 0]
+    x = nets.sample(modality, parameter.expand(40_000, *parameter.shape)).double()
+    rate, second = p[:, 0].exp(), p[:, 1].exp()
+    prob = p[:, 0].sigmoid()
+    mean, variance = {
+        "bernoulli": (prob, prob * (1 - prob)),
+        "normal": (p[:, 0], second**2),
+        "laplace": (p[:, 0], 2 * second**2),
+        "poisson": (rate, rate),
+        "negative-binomial": (rate, rate + rate**2 / second),
+        "categorical": (p.softmax(-1)[:, 1], p.softmax(-1).prod(-1)),
+    }[likelihood]
+    assert_close(x.mean(0).float(), mean, atol=0.1, rtol=0.02)
+    assert_close(x.var(0).float(), variance, atol=0.05, rtol=0.1)
+
+
+def test_outputs_and_scales_start_at_the_training_marginal(tmp_path):
+    counts = RNG.poisson([3, 1000], (400, 2)) * np.array([1, 2])  # the second is over-dispersed
+    bits, kinds = RNG.random((400, 2)) < [0.1, 0.7], RNG.choice(3, 400, p=[0.2, 0.5, 0.3])
+    numbers = RNG.normal(size=(400, 2)) * [3, 0.01] + [100, 5]
+    arrays = {"counts": counts, "bits": bits, "kinds": kinds, "numbers": numbers}
+    for standardised in (None, {}):
+        dataset = data.load(saved(tmp_path / "a.npz", arrays), stats=standardised)
+        modalities = {m.name: m for m in nets.modalities(**dataset.spec)}
+        last = {}
+        for name, modality in modalities.items():
+            layers = modality.decoder(3).net
+            last[name] = (
+                layers[-2].bias
+                if nets.extra_axis(modality) and name != "kinds"
+                else layers[-1].bias
+            )
+            if name in ("counts", "numbers"):
+                last[f"{name} scale"] = layers[-1](torch.zeros(1, 2))[0, :, 1]
+        assert_close(last["counts"].exp(), torch.tensor(counts.mean(0)).float())
+        assert_close(last["bits"].sigmoid(), torch.tensor(bits.mean(0)).float())
+        assert_close(last["kinds"].softmax(-1), torch.tensor(np.bincount(kinds) / 400).float())
+        mean, std = (numbers.mean(0), numbers.std(0)) if standardised == {} else (0.0, 1.0)
+        assert_close(last["numbers"], torch.zeros(2) + torch.tensor(mean).float())
+        expected = torch.zeros(2) + torch.tensor(std).float()
+        assert_close(last["numbers scale"].exp(), expected, rtol=0.011, atol=0)
+        mean, var = torch.tensor(counts.mean(0)), torch.tensor(counts.var(0))
+        r = last["counts scale"].exp()[1].item()
+        assert r == pytest.approx((mean**2 / (var - mean))[1].item(), rel=0.01)
+
+
+def test_a_scale_stays_above_a_hundredth_of_the_deviation():
+    learned = nets.Learned(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 2.0]) + np.log(1e-2))
+    learned.value.data -= 100
+    assert_close(learned(torch.zeros(1, 2))[0, :, 1].exp(), torch.tensor([0.0, 2.0]).exp() / 100)
+
+
 # -------------------------------------------------------------------------------- counts and classes
 
 

@@ -149,6 +149,37 @@ def test_natural_sampling_is_unbiased(world):
     assert total / (400 * world * len(steps)) == pytest.approx(exactly.item(), rel=0.02)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_of_one_pattern_are_unbiased(world):
+    split = tiny(20)
+    mask = torch.ones(20, 2, dtype=torch.bool)
+    streams = [((True, True), torch.arange(2)), ((True, False), torch.arange(2, 5))]
+    streams += [((False, True), torch.arange(5, 12)), ((True, True), torch.arange(12, 20))]
+    assert data.one_pattern_per_step(streams, "natural") and not data.one_pattern_per_step(
+        streams[:3], "natural"
+    )
+    sizes, steps = data.batch_sizes(streams, 4, "natural")
+    assert steps == 5 and sum(sizes) == pytest.approx((2 * 2 + 3 * 3 + 4 * 7 + 4 * 8) / 20)
+    value = {(True, True): 1.0, (True, False): 10.0, (False, True): 100.0}
+    exactly = sum(value[mask] * split.bases[mask.index(True)][k].sum() for mask, k in streams) / 20
+    total, seen = 0, set()
+    for seed, rank in itertools.product(range(1000), range(world)):
+        generator = torch.Generator().manual_seed(seed)
+        for step in data.batches(split, streams, 4, "natural", generator, rank, world):
+            ((w, xs),) = step
+            mask = tuple(x is not None for x in xs)
+            seen.add((mask, len(xs[mask.index(True)])))
+            total += w * value[mask] * xs[mask.index(True)].mean()
+    assert total / (1000 * world * steps) == pytest.approx(exactly.item(), rel=0.03)
+    if world == 1:  # batch_size of a pattern, or as many as it has
+        assert seen == {
+            ((True, True), 2),
+            ((True, True), 4),
+            ((True, False), 3),
+            ((False, True), 4),
+        }
+
+
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
 def test_ranks_share_a_step_out_without_loss(sampling):
     one = epoch(10, 0.3, "split", 4, sampling)
