@@ -338,8 +338,11 @@ def latent_accuracy(model, dataset):
         if dataset.mask is not None:
             index = index[dataset.mask[index, m]]
         train_z = latent_samples(model, dataset.train, mask, index)
-        test_z = latent_samples(model, dataset.test, mask, torch.arange(len(dataset.test)))
-        train_y, test_y = dataset.train.labels.cpu()[index], dataset.test.labels.cpu()
+        shown = torch.arange(len(dataset.test))
+        if dataset.test_mask is not None:
+            shown = shown[dataset.test_mask[:, m]]
+        test_z = latent_samples(model, dataset.test, mask, shown)
+        train_y, test_y = dataset.train.labels.cpu()[index], dataset.test.labels.cpu()[shown]
         accuracy[name] = linear_probe(train_z, train_y.numpy(), test_z, test_y.numpy())
     return {"latent_accuracy": accuracy}
 
@@ -390,6 +393,10 @@ def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
     components = 0  # of the prior, each evaluated at every z
     if isinstance(prior, MixtureSameFamily):
         components = prior.mixture_distribution.probs.shape[-1]
+    rows = torch.arange(len(dataset.test))
+    if dataset.test_mask is not None:  # the examples that show everything
+        rows = rows[dataset.test_mask.all(1)]
+    rows = rows[:examples]
     budget = 2**20 if z.device.type == "cpu" else 2**26  # numbers that fit the cache, or the GPU
     likelihoods = {}
     for case, (mask, others) in cases.items():
@@ -400,7 +407,7 @@ def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
         blocks = [len(part) for part in torch.arange(samples).split(block)]
         nats = []
         chunk = max(1, budget // (block * size))  # examples
-        for index in torch.arange(min(examples, len(dataset.test))).split(chunk):
+        for index in rows.split(chunk):
             given = None if others is None else data.select(dataset.test, others, index)
             xs = data.select(dataset.test, mask, index)
             with torch.no_grad():
@@ -424,6 +431,9 @@ def trained_priors(model, args, dataset):
         groups=dataset.groups,
     )
     return model.trained_priors([mask for mask, _ in streams])
+
+
+MOST_LABELS = 200  # the memory of a logistic regression grows with their square
 
 
 def evaluate(
@@ -465,7 +475,10 @@ def evaluate(
     elif is_own(dataset):
         progress("regenerated examples")
         metrics |= npz.evaluate(model, dataset, seed)
-    if dataset.train.labels is not None and dataset.test.labels is not None:
+    labelled = dataset.train.labels is not None and dataset.test.labels is not None
+    if labelled and len(dataset.train.labels.unique()) > MOST_LABELS:
+        progress(f"no classifier of z: there are more than {MOST_LABELS} label values")
+    elif labelled:
         progress("a linear classifier of z")
         metrics |= latent_accuracy(model, dataset)
     if examples:
@@ -523,7 +536,7 @@ def load_run(folder, device="cpu"):
 def prepare(name, root, device, spec):
     """A data set as a run with this spec was trained on it, on the device, with its oracles.
     -> Dataset, {view: Oracle}, {view: test accuracy}"""
-    arrays = spec.get("arrays", {})  # of an .npz
+    arrays = spec.get("arrays", {}) if name.endswith(".npz") else {}
     stats = {key: array.get("stats", {}) for key, array in arrays.items()}
     likelihoods = [array["likelihood"] for array in arrays.values()] or spec.get("likelihoods")
     dataset = data.load(name, root, likelihoods=likelihoods, stats=stats)
@@ -574,11 +587,35 @@ def grey_bernoulli(model, dataset):
 
 def fill(run, args):
     """--fill: writes args.out and prints its contents."""
-    mask = npz.fill(run.model, run.args["spec"], args.fill, args.out, args.samples, args.seed)
+    dataset = None
+    if "arrays" in run.args["spec"] and args.samples is None:
+        try:
+            dataset, _, _ = prepare_run(run, args)
+        except (ValueError, OSError) as error:
+            print(f"no intervals, since they need the run's data: {error}", file=sys.stderr)
+    mask = npz.fill(
+        run.model,
+        run.args["spec"],
+        args.fill,
+        args.out,
+        draws=args.samples,
+        seed=args.seed,
+        dataset=dataset,
+        level=args.interval,
+    )
     print(f"{args.out} has latent_mean and latent_std of {len(mask):,} examples, and of each")
     for modality, shown in zip(run.model.modalities, mask.T):
         name = drawing.label(modality.name)
         print(f"    {name}, shown in {shown.sum():,} rows, filled in in {(~shown).sum():,}")
+
+
+def prepare_run(run, args):
+    """`prepare` for a run, whose .npz may have moved (--dataset) and must have the same contents."""
+    name = args.dataset or run.args["dataset"]
+    prepared = prepare(name, args.data or run.args["data"], args.device, run.args["spec"])
+    if run.args.get("digest", prepared[0].digest) != prepared[0].digest:
+        raise ValueError(f"{name} does not hold the data that {run.folder} was trained on")
+    return prepared
 
 
 def draw(run, dataset, oracles, folder, root, seed=0):
@@ -603,11 +640,11 @@ def evaluate_run(run, args, prepared):
     """Measure a run, write its metrics.json, draw its figures. prepared: the data sets of runs
     before, each with its oracles.
     -> metrics; generations' rows, or None; paths of figures that could not be drawn"""
-    name, spec = run.args["dataset"], run.args["spec"]
+    name, spec = args.dataset or run.args["dataset"], run.args["spec"]
     root = args.data or run.args["data"]
     key = name, root, json.dumps([spec.get(k) for k in ("arrays", "likelihoods")])
     if key not in prepared:
-        prepared[key] = prepare(name, root, args.device, spec)
+        prepared[key] = prepare_run(run, args)
     dataset, oracles, accuracies = prepared[key]
     examples = len(dataset.test) if args.full else 100
     if args.no_likelihoods:
@@ -639,8 +676,9 @@ def parser():
     flag("--figures", metavar="DIR", type=Path, help="draw figures into this folder")
     flag("--save", metavar="FILE.jsonl", type=Path, help="append results and logs to this file")
     flag("--data", metavar="DIR", help="folder of the data sets (default: that of the training)")
+    flag("--dataset", metavar="NEW.npz", help="where a run's .npz lies now, if it has moved")
     flag("--seed", type=int, default=0, help="random seed of the samples of z (default: 0)")
-    samples = "samples of z per log-likelihood (default: 1000); with --fill: write N samples"
+    samples = "samples of z per log-likelihood (default: 1000); with --fill: write N draws of x"
     flag("--samples", metavar="N", type=int, help=samples)
     flag("--full", action="store_true", help="log-likelihoods of all test examples, not of 100")
     flag("--no-likelihoods", action="store_true", help="no log-likelihoods, the slowest metric")
@@ -649,6 +687,8 @@ def parser():
     flag("--device", default=cuda, help=f"a torch device: cuda, cuda:1, mps, cpu (default: {cuda})")
     flag("--fill", metavar="NEW.npz", help="new examples to fill in, with --out")
     flag("--out", metavar="FILLED.npz", help="the file that --fill writes")
+    interval = "level of the intervals NAME_low, NAME_high that --fill writes (default: 0.9)"
+    flag("--interval", metavar="P", type=float, default=0.9, help=interval)
     return p
 
 
@@ -661,6 +701,8 @@ def main(argv=None):
         p.error("--fill NEW.npz and --out FILLED.npz must be given together")
     if args.fill and len(args.runs) > 1:
         p.error(f"--fill must be given one run, not {len(args.runs)}")
+    if not 0 < args.interval < 1:
+        p.error(f"--interval must be between 0 and 1, not {args.interval}")
     if args.samples is not None and args.samples < 1:
         p.error(f"--samples must be 1 or more, not {args.samples}")
     try:

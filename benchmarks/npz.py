@@ -5,9 +5,13 @@ run. All that is judged, drawn or filled in is, for a modality x_m given the mod
 
     E[x_m|shown] = E_q(z|shown) E[x_m|z],    the mean over 20 samples of z
 
+MEME's z are those of its resampled posterior (App. A). NaN is a missing entry of a table: it is not
+scored, and it is filled in. Intervals of filled numbers and counts are split conformal.
+
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities.
 """
 
+import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +25,7 @@ import data
 import nets
 
 DRAWS, BATCH = 20, 100
-TRAINING_MEAN, TEST_MEAN = "training mean", "test mean"  # sources that ignore the modalities shown
+TRAINING_MEAN = "training mean"  # the source that ignores the modalities shown
 LATENT = ("latent_mean", "latent_std")
 
 
@@ -30,8 +34,10 @@ def passes(model, n, take, draws=DRAWS, seed=0):
     -> index (B,), q(z|shown), samples of z (K, B, L)"""
     torch.manual_seed(seed)
     for index in torch.arange(n).split(BATCH):
-        q = model.posterior(*take(index))
-        yield index, q, q.sample((draws,))
+        xs = take(index)
+        q = model.posterior(*xs)
+        resample = getattr(model, "resample", None)
+        yield index, q, resample(*xs, samples=draws) if resample else q.sample((draws,))
 
 
 def batch(xs, index):
@@ -61,15 +67,40 @@ def few(labels, n, most=10):
 
 
 class Score:
-    """The errors and log-likelihoods of one modality from one source, summed over batches."""
+    """The errors of one modality from one source, and its log-likelihood, summed over batches."""
 
     def __init__(self):
-        self.errors, self.nats = 0.0, 0.0
+        self.examples, self.nats = 0, 0.0
+        self.n, self.sum, self.squares, self.errors = 0.0, 0.0, 0.0, 0.0  # of each feature
 
-    def add(self, modality, base, x, mean, log_p):
-        """x, mean (B, ...); log_p (B,)"""
-        self.errors = self.errors + errors(modality, base, x, mean)
-        self.nats += log_p.double().sum().item()
+    def add(self, modality, base, x, mean, log_p=None):
+        """x, mean (B, ...), log_p (B,); NaN in x is not scored"""
+        x = x.double()
+        observed = ~x.isnan()
+        if modality.likelihood == "categorical":
+            errors, x = (mean.argmax(-1) != x).double(), torch.zeros_like(x)
+        elif is_guessed(modality, base):
+            errors = ((mean > 0.5) != (x > 0.5)).double()
+        else:
+            errors = (mean.double() - x) ** 2
+        x, errors = x.nan_to_num(0.0), errors.nan_to_num(0.0)
+        self.n = self.n + observed.double().sum(0)
+        self.sum, self.squares = self.sum + x.sum(0), self.squares + (x**2).sum(0)
+        self.errors = self.errors + errors.sum(0)
+        self.examples += len(x)
+        if log_p is not None:
+            self.nats += log_p.double().sum().item()
+
+    def accuracy_or_r2(self, modality, base):
+        """Bits and classes: accuracy. Numbers and counts: R² of each feature, 1 - Σ (x - mean)² / Σ
+        (x - average x)², averaged over those that vary; an image has one, over all its pixels."""
+        if is_guessed(modality, base):
+            return 1 - (self.errors.sum() / self.n.sum()).item()
+        spread = self.squares - self.sum**2 / self.n.clamp_min(1)
+        if base.ndim == 4:
+            return 1 - (self.errors.sum() / spread.sum()).item()
+        varies = spread > 1e-9 * self.squares
+        return 1 - (self.errors[varies] / spread[varies]).mean().item()
 
 
 def is_guessed(modality, base):
@@ -77,93 +108,149 @@ def is_guessed(modality, base):
     return modality.likelihood == "categorical" or base.dtype == torch.bool
 
 
-def errors(modality, base, x, mean):
-    """Wrong guesses, or squared errors, of each feature, summed over a batch. x, mean (B, ...)
-    -> (...), float64"""
-    if modality.likelihood == "categorical":
-        return (mean.argmax(-1) != x).double().sum(0)
-    if is_guessed(modality, base):
-        return ((mean > 0.5) != (x > 0.5)).double().sum(0)
-    return ((mean.double() - x.double()) ** 2).sum(0)
+def rows_that_show(mask, index, n):
+    """The rows of n examples whose mask (N, M) shows every modality of `index`."""
+    rows = torch.arange(n)
+    return rows if mask is None else rows[mask[:, list(index)].all(1)]
 
 
-def accuracy_or_r2(modality, base, n, errors, spread):
-    """errors: the sums over n examples; spread: those of the test mean in the model's place."""
-    if is_guessed(modality, base):
-        return 1 - errors.mean().item() / n
-    if base.ndim == 4:  # an image has one R², over all its pixels
-        return 1 - (errors.sum() / spread.sum()).item()
-    varies = spread > 0
-    return 1 - (errors[varies] / spread[varies]).mean().item()
-
-
-def average(modality, split, m, index, classes):
-    """The mean of modality m over the examples `index`; of a class the frequencies. -> float64"""
-    total = 0
-    for part in index.split(1000):
+def average(modality, split, m, rows, classes):
+    """Mean and variance of modality m over examples, without NaN; of a class the frequencies.
+    -> float64"""
+    n, total, squares = 0, 0, 0
+    for part in rows.split(1000):
         x = split.take(m, part)
         x = F.one_hot(x, classes) if modality.likelihood == "categorical" else x
-        total = total + x.double().sum(0)
-    return total / len(index)
+        x = x.double()
+        n = n + (~x.isnan()).double().sum(0)
+        total, squares = total + x.nansum(0), squares + (x**2).nansum(0)
+    mean = total / n.clamp_min(1)
+    return mean, squares / n.clamp_min(1) - mean**2
 
 
-def parameter_of(modality, mean):
-    """The decoder's parameter with this mean: the inverse of nets.mean."""
+def marginal_parameter(modality, mean, variance):
+    """The decoder's parameter with this mean and, where the likelihood learns it, variance."""
     if modality.likelihood == "bernoulli":
         return torch.logit(mean, eps=1e-6)
     if modality.likelihood in ("categorical", "poisson"):
         return mean.clamp_min(1e-6).log()
-    return mean
+    if modality.likelihood == "negative-binomial":
+        r = mean**2 / (variance - mean).clamp_min(1e-6)
+        return torch.stack([mean.clamp_min(1e-6).log(), r.clamp(1e-2, 1e4).log()], -1)
+    if not nets.extra_axis(modality):
+        return mean
+    if modality.likelihood == "laplace":
+        variance = variance / 2  # of a Laplace distribution it is twice the squared scale
+    return torch.stack([mean, 0.5 * variance.clamp_min(1e-4).log()], -1)
 
 
 @torch.no_grad()
 def evaluate(model, dataset, seed=0):
-    """Every modality of the test examples from itself, from each other one and from all; as
-    "training mean" the mean of the training examples that show it, without a model.
+    """Every modality of the test examples from itself, from each other one and, of three or more,
+    from all the others together, scored over the examples that show them.
 
-    Numbers: R² of each feature, 1 - Σ (x - regenerated)² / Σ (x - test mean)², averaged over those
-    that vary; an image has one R², over all its pixels. Bits and classes: accuracy.
-    log_p: the mean of log p(x_m|z) over samples of z and examples, nats, of standardised features.
-    -> {"regenerated_r2": {"a->b": number}, "regenerated_accuracy": ..., "regenerated_log_p": ...}
+    "training mean" is the mean of the training examples that show the modality, ridge_* is ridge
+    regression from the same inputs (`ridge`). log_p is the mean of log p(x_m|z) over samples of z
+    and examples, in nats, of standardised features.
+    -> {"regenerated_r2": {"a->b": number}, "regenerated_accuracy": ..., "regenerated_log_p": ...,
+    "ridge_r2": ..., "ridge_accuracy": ...}
     """
-    split, n, names = dataset.test, len(dataset.test), dataset.names
-    scores = defaultdict(Score)  # {(source, m): Score}
-
+    split, names = dataset.test, dataset.names
+    every = range(len(names))
+    sections = ("regenerated_r2", "regenerated_accuracy", "regenerated_log_p")
+    metrics = {section: {} for section in (*sections, "ridge_r2", "ridge_accuracy")}
     decoded = model.decode(model.prior().sample((1,)))
-    for m, (modality, base) in enumerate(zip(model.modalities, split.bases)):
-        rows = torch.arange(len(dataset.train))
-        if dataset.mask is not None:
-            rows = rows[dataset.mask[:, m]]
-        classes = decoded[m].shape[-1]
-        means = {
-            TRAINING_MEAN: average(modality, dataset.train, m, rows, classes),
-            TEST_MEAN: average(modality, split, m, torch.arange(n), classes),
-        }
-        for source, mean in means.items():
-            for index in torch.arange(n).split(BATCH):
-                x = split.take(m, index)
-                parameter = parameter_of(modality, mean).expand(len(x), *mean.shape)
-                log_p = nets.log_prob(modality, parameter, x)
-                scores[source, m].add(modality, base, x, mean.expand_as(parameter), log_p)
 
-    for source, mask in sources(names).items():
-        for index, _, z in passes(model, n, partial(data.select, split, mask), seed=seed):
-            for m, (modality, base) in enumerate(zip(model.modalities, split.bases)):
-                parameter, x = model.decoders[m](z), split.take(m, index)  # (K, B, ...), (B, ...)
+    def keep(key, m, score, prefix="regenerated"):
+        modality, base = model.modalities[m], split.bases[m]
+        what = "accuracy" if is_guessed(modality, base) else "r2"
+        metrics[f"{prefix}_{what}"][key] = score.accuracy_or_r2(modality, base)
+        if prefix == "regenerated":
+            metrics["regenerated_log_p"][key] = score.nats / score.examples
+
+    for m, (name, modality, base) in enumerate(zip(names, model.modalities, split.bases)):
+        sources = {name: [m]} | {a: [k] for k, a in enumerate(names) if k != m}
+        if len(names) > 2:
+            sources["the others"] = [k for k in every if k != m]
+        for source, inputs in sources.items():
+            rows = rows_that_show(dataset.test_mask, {*inputs, m}, len(split))
+            if not len(rows):
+                continue
+            mask = [k in inputs for k in every]
+            score, key = Score(), f"{source}->{name}"
+            take = partial(taken, split, mask, rows)
+            for index, _, z in passes(model, len(rows), take, seed=seed):
+                parameter, x = model.decoders[m](z), split.take(m, rows[index])  # (K, B, ...)
                 log_p = nets.log_prob(modality, parameter, x).mean(0)
-                mean = nets.mean(modality, parameter).mean(0)
-                scores[source, m].add(modality, base, x, mean, log_p)
-
-    metrics = {f"regenerated_{section}": {} for section in ("r2", "accuracy", "log_p")}
-    for m, (modality, base) in enumerate(zip(model.modalities, split.bases)):
-        section = f"regenerated_{'accuracy' if is_guessed(modality, base) else 'r2'}"
-        others = [source for source in sources(names) if source != names[m]]
-        spread = scores[TEST_MEAN, m].errors
-        for source in (names[m], *others, TRAINING_MEAN):
-            score, key = scores[source, m], f"{source}->{names[m]}"
-            metrics[section][key] = accuracy_or_r2(modality, base, n, score.errors, spread)
-            metrics["regenerated_log_p"][key] = score.nats / n
+                score.add(modality, base, x, nets.mean(modality, parameter).mean(0), log_p)
+            keep(key, m, score)
+            if source != name and (guess := ridge(dataset, model.modalities, inputs, m, rows)):
+                score = Score()
+                score.add(modality, base, split.take(m, rows).cpu(), guess[0])
+                keep(key, m, score, "ridge")
+        rows = rows_that_show(dataset.mask, {m}, len(dataset.train))
+        mean, variance = average(modality, dataset.train, m, rows, decoded[m].shape[-1])
+        parameter, score = marginal_parameter(modality, mean, variance), Score()
+        for index in rows_that_show(dataset.test_mask, {m}, len(split)).split(BATCH):
+            x = split.take(m, index)
+            log_p = nets.log_prob(modality, parameter.expand(len(x), *parameter.shape), x)
+            score.add(modality, base, x, mean.expand(len(x), *mean.shape), log_p)
+        keep(f"{TRAINING_MEAN}->{name}", m, score)
     return {section: numbers for section, numbers in metrics.items() if numbers}
+
+
+def taken(split, mask, rows, index):
+    return data.select(split, mask, rows[index])
+
+
+LARGEST = 4000  # features of an input or a target that ridge regression takes
+
+
+def ridge(dataset, modalities, inputs, m, rows):
+    """Ridge regression of modality m on the modalities `inputs`, fitted to the training examples
+    that show m, at the test examples `rows`: what a table would be filled with without a VAE.
+
+    Inputs and targets are standardised, classes one-hot; a missing input is 0, its mean. The
+    penalty is the one with the least generalised cross-validation error.
+    -> [predictions (len(rows), *shape)], as nets.mean has them; None for arrays that are too wide
+    """
+    device = dataset.test.rows[0].device
+    fitted = rows_that_show(dataset.mask, {m}, len(dataset.train))
+
+    def features(split, mask, k, index, hide=True):
+        x = split.take(k, index.to(device)).cpu()
+        if modalities[k].likelihood == "categorical":
+            x = F.one_hot(x, dataset.spec["arrays"][names[k]]["classes"])
+        x = x.double().flatten(1).numpy().copy()
+        if hide and mask is not None:
+            x[~mask[index, k].numpy()] = np.nan
+        return x
+
+    names = dataset.names
+    sizes = [max(1, np.prod(modalities[k].shape, dtype=int)) for k in (*inputs, m)]
+    if max(sizes) > LARGEST or any(
+        modalities[k].likelihood == "categorical" and modalities[k].shape for k in (*inputs, m)
+    ):
+        return None
+    x = np.hstack([features(dataset.train, dataset.mask, k, fitted) for k in inputs])
+    new = np.hstack([features(dataset.test, dataset.test_mask, k, rows) for k in inputs])
+    y = features(dataset.train, None, m, fitted)
+    mean_x, std_x, mean_y, std_y = (
+        np.nan_to_num(moment) for a in (x, y) for moment in (np.nanmean(a, 0), np.nanstd(a, 0))
+    )
+    std_x[std_x == 0], std_y[std_y == 0] = 1, 1
+    x, new = (np.nan_to_num((a - mean_x) / std_x) for a in (x, new))
+    y = np.nan_to_num((y - mean_y) / std_y)
+    u, sizes, vt = np.linalg.svd(x, full_matrices=False)
+    uy, best = u.T @ y, (np.inf, None)
+    for penalty in np.logspace(-2, 5, 15):
+        shrunk = sizes**2 / (sizes**2 + penalty)
+        error = ((y - u @ (shrunk[:, None] * uy)) ** 2).mean() / (1 - shrunk.sum() / len(x)) ** 2
+        if error < best[0]:
+            best = error, vt.T @ ((sizes / (sizes**2 + penalty))[:, None] * uy)
+    guess = (new @ best[1]) * std_y + mean_y
+    shape = guess.shape[1:] if modalities[m].likelihood == "categorical" else modalities[m].shape
+    return [torch.from_numpy(guess).reshape(len(rows), *shape)]
 
 
 def notes(results):
@@ -191,16 +278,18 @@ class Given(NamedTuple):
 
 
 @torch.no_grad()
-def fill(model, spec, path, out, draws=None, seed=0):
+def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
     """Fill in new examples: every modality of each given what its row shows.
 
     spec: that of the run's args.json. path: an .npz of arrays named like the modalities,
     (N, *shape), each of which may be absent; `mask` (N, M), in the order of the modalities, hides
-    entries where it is 0. out: an .npz with latent_mean, latent_std (N, L) of q(z|shown) and each
-    modality's mean, (N, *shape), or with `draws` its mean given each of that many samples of z,
-    (draws, N, *shape), in the units and shapes of the input. Bytes stay bytes; absent images become
-    floats in [0, 1]; bits become the probability of 1, classes the most likely one, beside
-    NAME_probabilities.
+    rows where it is 0; NaN in a table of numbers is a missing entry. out: an .npz with latent_mean,
+    latent_std (N, L) of q(z|shown) and each modality's mean, (N, *shape), in the units and shapes of
+    the input. Bytes stay bytes; absent images become floats in [0, 1]; bits become the probability
+    of 1, classes the most likely one, beside NAME_probabilities. With `dataset`, the run's, numbers
+    and counts also have NAME_low and NAME_high, the `level` intervals of `half_widths`. With `draws`
+    all arrays are (draws, N, *shape) instead: x ~ p(x|z), one for each of that many samples of z,
+    but images, which are the mean at each z.
     -> the mask of what is shown, (N, M). ValueError, and nothing written, for an unsuitable input
     """
     if Path(out).exists():
@@ -211,24 +300,98 @@ def fill(model, spec, path, out, draws=None, seed=0):
     device = next(model.parameters()).device
     lead = () if draws is None else (draws,)
     filled = {key: np.zeros((len(mask), model.latent_dim), "f4") for key in LATENT}
+
+    def store(name, where, values):
+        if name not in filled:
+            shape = *lead, len(mask), *values.shape[len(lead) + 1 :]
+            filled[name] = np.zeros(shape, values.dtype)
+        filled[name][where] = values
+
     for pattern, rows in data.patterns(torch.from_numpy(mask)):
         shown = [old.x[rows].to(device) if s else None for old, s in zip(given, pattern)]
+        widths = {}
+        if dataset is not None and draws is None:
+            widths = half_widths(model, dataset, pattern, level, seed)
         for index, q, z in passes(model, len(rows), partial(batch, shown), draws or DRAWS, seed):
             at = rows[index].numpy()
             for key, value in zip(LATENT, (q.mean, q.stddev)):
                 filled[key][at] = value.cpu().numpy()
             for first, part in zip(range(0, len(z), DRAWS), z.split(DRAWS)):
                 where = at if draws is None else (slice(first, first + len(part)), at)
-                for modality, old, mean in zip(model.modalities, given, model.decode(part)):
-                    mean = (mean.mean(0) if draws is None else mean).double().cpu().numpy()
+                for m, (modality, old) in enumerate(zip(model.modalities, given)):
+                    parameter = model.decoders[m](part)
+                    x = nets.mean(modality, parameter)
+                    if draws is None:
+                        x = x.mean(0)
+                    elif len(modality.shape) != 3:
+                        x = nets.sample(modality, parameter)
+                    x = x.double().cpu().numpy()
                     stats = arrays.get(modality.name, {}).get("stats")
-                    for name, values in in_units(modality, old, stats, mean).items():
-                        if name not in filled:
-                            shape = *lead, len(mask), *values.shape[len(lead) + 1 :]
-                            filled[name] = np.zeros(shape, values.dtype)
-                        filled[name][where] = values
+                    for name, values in in_units(modality, old, stats, x, draws).items():
+                        store(name, where, values)
+                    if modality.name in widths:
+                        x = data.unstandardise(x, stats)
+                        low, high = x - widths[modality.name], x + widths[modality.name]
+                        if modality.likelihood in data.KINDS["counts"].likelihoods:
+                            low = np.maximum(low, 0)
+                        store(f"{modality.name}_low", where, low)
+                        store(f"{modality.name}_high", where, high)
     data.save_npz(Path(out), **filled)
     return mask
+
+
+FEWEST = 20  # test rows from which an interval is taken
+
+
+def half_widths(model, dataset, pattern, level, seed):
+    """Half the width of the `level` interval of each feature of numbers and counts, in the data's
+    units, for rows that show `pattern`, M booleans.
+
+    Split conformal prediction (Lei et al., JASA 2018): the ceil((n + 1) level)-th smallest absolute
+    residual of n test examples that the run was not trained on, filled in under the same pattern.
+    An interval covers a new value with probability `level` or more, on average over test and new
+    examples, where these are exchangeable. With fewer than 20 test rows that show the pattern the
+    residuals are those of all test rows, each under what it shows of the pattern.
+    -> {name: (features,)}
+    """
+    split, wanted = dataset.test, [m for m, shown in enumerate(pattern) if shown]
+    rows = rows_that_show(dataset.test_mask, wanted, len(split))
+    groups = [(pattern, rows)]
+    if len(rows) < FEWEST:
+        text = f"only {len(rows)} test rows show {[dataset.names[m] for m in wanted]}"
+        print(f"{text}: their intervals are those of all test rows", file=sys.stderr)
+        mask = torch.ones(len(split), len(pattern), dtype=torch.bool)
+        mask = mask if dataset.test_mask is None else dataset.test_mask.clone()
+        visible = mask & torch.tensor(pattern)
+        mask = torch.where(visible.any(1, keepdim=True), visible, mask)
+        groups = data.patterns(mask)
+    residuals = {}
+    for shown, rows in groups:
+        take = partial(taken, split, shown, rows)
+        for index, _, z in passes(model, len(rows), take, seed=seed):
+            for m, modality in enumerate(model.modalities):
+                array = dataset.spec.get("arrays", {}).get(modality.name, {})
+                if array.get("kind") not in ("numbers", "counts"):
+                    continue
+                x = split.take(m, rows[index]).double().cpu().numpy()
+                if dataset.test_mask is not None:
+                    x[~dataset.test_mask[rows[index], m].numpy()] = np.nan
+                mean = nets.mean(modality, model.decoders[m](z)).mean(0).double().cpu().numpy()
+                error = np.abs(x - mean)
+                if array.get("stats"):
+                    error = error * np.array(array["stats"]["std"])
+                residuals.setdefault(modality.name, []).append(error)
+    return {name: conformal(np.concatenate(errors), level) for name, errors in residuals.items()}
+
+
+def conformal(errors, level):
+    """The ceil((n + 1) level)-th smallest of the n errors of each feature, (N, ...), without NaN;
+    infinite where n is too small for that. -> (...)"""
+    n = (~np.isnan(errors)).sum(0)
+    ordered = np.sort(errors, 0)  # NaN last
+    k = np.ceil((n + 1) * level).astype(int)
+    value = np.take_along_axis(ordered, np.clip(k - 1, 0, len(errors) - 1)[None], 0)[0]
+    return np.where(k <= n, value, np.inf)
 
 
 def read_new(model, arrays, path):
@@ -255,6 +418,9 @@ def read_new(model, arrays, path):
             f"{', '.join(names)}), not {mask.shape}"
         )
     mask = mask.astype(bool) & [name in new for name in names]
+    for m, name in enumerate(names):
+        if name in new and new[name].ndim == 2 and new[name].dtype.kind == "f":
+            mask[:, m] &= ~np.isnan(new[name]).all(1)
     decoded = model.decode(model.prior().sample((1,)))
     given = []
     for m, (modality, name) in enumerate(zip(model.modalities, names)):
@@ -277,21 +443,17 @@ def take_array(where, modality, x, shown, array, classes):
     if x.shape[1:] != tuple(modality.shape):
         expected = ", ".join(map(str, ("examples", *modality.shape)))
         raise ValueError(f"{where} must have the shape ({expected}), not {(len(x), *shape)}")
-    kind = array.get("kind") or data.kind_of(x[shown], modality.likelihood)
+    kind = array.get("kind") or data.kind_of(x, modality.likelihood, shown)
     if kind in ("bytes", "greys"):
         kind = "bytes" if dtype == np.uint8 else "greys"
     if shown.any():
-        finite = np.isfinite(x).reshape(len(x), -1).all(1)
-        if not finite[shown].all():
-            row = int((shown & ~finite).argmax())
-            raise ValueError(
-                f"{where} has values that are not finite, in row {row}; mask can hide it"
-            )
-        data.check_array(where, x[shown], kind)
+        if not data.KINDS[kind].valid(x[shown]):
+            raise ValueError(f"{where} must hold {data.KINDS[kind].values}, which mask can hide")
         if classes and x[shown].max() >= classes:
             raise ValueError(
                 f"{where} must be below {classes}, as in training, not {x[shown].max()}"
             )
+    x = np.where(shown.reshape(-1, *[1] * (x.ndim - 1)), x, x.dtype.type(0))
     if classes:
         return Given(torch.from_numpy(x.astype("i8")), shape, np.dtype("i8"))
     if kind == "bytes":
@@ -301,15 +463,17 @@ def take_array(where, modality, x, shown, array, classes):
     return Given(torch.from_numpy(x), shape, floats)
 
 
-def in_units(modality, given, stats, mean):
-    """A modality's mean as it is written. given: its array in the input, or None; mean
-    ([K,] B, *shape), float64. -> {name: array}"""
+def in_units(modality, given, stats, x, draws=None):
+    """A modality's mean, or draws of it, as it is written. given: its array in the input, or None;
+    x ([K,] B, *shape), float64; probabilities of a class in place of draws. -> {name: array}"""
     if modality.likelihood == "categorical":
-        filled = {modality.name: mean.argmax(-1)}
+        if draws is not None:
+            return {modality.name: x.astype("i8")}
+        filled = {modality.name: x.argmax(-1)}
         if not modality.shape:  # a class, not the words of a caption
-            filled[f"{modality.name}_probabilities"] = mean.astype("f4")
+            filled[f"{modality.name}_probabilities"] = x.astype("f4")
         return filled
-    x = data.unstandardise(mean, stats)
+    x = data.unstandardise(x, stats)
     if given is None:
         return {modality.name: x if stats else x.astype("f4")}
     if given.dtype == np.uint8:

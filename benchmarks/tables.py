@@ -43,6 +43,8 @@ SECTIONS = {  # key of metrics.json: column of the table, None without one; defi
         "mean",
     ),
     "regenerated_accuracy": ("right {}", "Accuracy of regenerated bits or classes"),
+    "ridge_r2": ("ridge R² {}", "R² of ridge regression from the same inputs, to compare with"),
+    "ridge_accuracy": ("ridge right {}", "Accuracy of ridge regression from the same inputs"),
     "regenerated_log_p": (
         None,
         "log p(x|z), nats, of the modality right of the arrow, for z given what is left of it",
