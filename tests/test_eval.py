@@ -482,7 +482,8 @@ def test_log_likelihood_is_importance_weighted_by_its_formula(script):
         log_w = p.log_prob(z) - q.log_prob(z)
         for x, decode in zip(xs, model.decoders):
             if x is not None:
-                log_w = log_w + Normal(decode(z), 1).log_prob(x).sum(-1)
+                location, log_scale = decode(z).unbind(-1)
+                log_w = log_w + Normal(location, log_scale.exp()).log_prob(x).sum(-1)
         assert torch.allclose(found, log_w.exp().mean(0).log(), rtol=1e-4)
 
 

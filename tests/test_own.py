@@ -1,5 +1,6 @@
 """A user's own arrays in eval.py: metrics, --fill, figures, text."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributions import Bernoulli, Categorical, Laplace, Poisson
+from torch.distributions import Bernoulli, Categorical, NegativeBinomial, Normal
 
 import data
 import eval as evaluation
+import nets
 from benchmarks import drawing, figures, npz, tables
 from helpers import train
 
@@ -82,7 +84,7 @@ def stats_of(run, name):
 
 def test_regenerated_arrays_are_scored_by_the_definitions(tmp_path):
     """R² and accuracy in the data's units, of the mean over 20 samples of z; log p(x|z) by
-    torch.distributions; from itself, each other one, all and the training mean."""
+    torch.distributions; from itself, each other one, the others together and the training mean."""
     mask = np.random.default_rng(2).random((120, 5)) < 0.7
     mask[:5] = np.eye(5)
     run, test = brief(tmp_path, more={"train_mask": mask})
@@ -90,37 +92,44 @@ def test_regenerated_arrays_are_scored_by_the_definitions(tmp_path):
     found, seen = npz.evaluate(own.model, dataset, seed=3), examples(120, 0)
     r2s, rights, nats = (found[f"regenerated_{k}"] for k in ("r2", "accuracy", "log_p"))
     targets = {"picture", "floats", "counts"}, {"bits", "kind"}
-    sources = [*MODALITIES, "all", "training mean"]
+    sources = [*MODALITIES, "the others", "training mean"]
     for scores, names in zip((r2s, rights), targets):
         assert set(scores) == {f"{a}->{b}" for a in sources for b in names}
-    assert list(nats)[:7] == [f"{a}->picture" for a in sources]
-    for source in (*MODALITIES, "all"):
-        shown = [source in (name, "all") for name in MODALITIES]
+    assert set(nats) == {f"{a}->{b}" for a in sources for b in MODALITIES}
+    whole = dataset.test[torch.arange(60)]
+    for source, target in itertools.product((*MODALITIES, "the others"), MODALITIES):
+        shown = [
+            (source == name) != (source == "the others" and name != target) for name in MODALITIES
+        ]
         xs = data.select(dataset.test, shown, torch.arange(60))
+        m, key = MODALITIES.index(target), f"{source}->{target}"
         torch.manual_seed(3)
         z = own.model.posterior(*xs).sample((20,))
-        picture, floats, bits, counts, kind = (x.mean(0).numpy() for x in own.model.decode(z))
-        floats = data.unstandardise(floats.astype(float), stats_of(own, "floats"))
-        for name, guess in dict(floats=floats, counts=counts).items():
-            expected = r2(test[name].astype(float), guess).mean()
-            assert r2s[f"{source}->{name}"] == pytest.approx(expected, abs=1e-5)
-        x = test["picture"][:, None] / 255
-        pixels = ((x - picture) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-        assert r2s[f"{source}->picture"] == pytest.approx(1 - pixels, abs=1e-5)
-        right = ((bits > 0.5) == test["bits"]).mean()
-        assert rights[f"{source}->bits"] == pytest.approx(right)
-        assert rights[f"{source}->kind"] == pytest.approx((kind.argmax(1) == test["kind"]).mean())
-        parameters = [decode(z) for decode in own.model.decoders]
-        _, x, bits, counts, kind = dataset.test[torch.arange(60)]
-        laplace = Laplace(parameters[1], own.model.modalities[1].scale)
-        expected = {
-            "floats": laplace.log_prob(x).sum(-1),
-            "bits": Bernoulli(logits=parameters[2]).log_prob(bits).sum(-1),
-            "counts": Poisson(parameters[3].exp()).log_prob(counts).sum(-1),
-            "kind": Categorical(logits=parameters[4]).log_prob(kind),
-        }
-        for name, log_p in expected.items():
-            assert nats[f"{source}->{name}"] == pytest.approx(log_p.mean().item(), rel=1e-4)
+        guess, x = own.model.decode(z)[m].mean(0).numpy(), test[target].astype(float)
+        parameter = own.model.decoders[m](z)
+        if target == "floats":
+            guess = data.unstandardise(guess.astype(float), stats_of(own, "floats"))
+            p = Normal(parameter[..., 0], parameter[..., 1].exp())
+        if target == "counts":
+            p = NegativeBinomial(
+                parameter[..., 1].exp(), logits=parameter[..., 0] - parameter[..., 1]
+            )
+        if target in ("floats", "counts"):
+            assert r2s[key] == pytest.approx(r2(x, guess).mean(), abs=1e-5)
+        if target == "picture":
+            x = test["picture"][:, None] / 255
+            pixels = ((x - guess) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+            assert r2s[key] == pytest.approx(1 - pixels, abs=1e-5)
+            continue
+        if target == "bits":
+            assert rights[key] == pytest.approx(((guess > 0.5) == test["bits"]).mean())
+            p = Bernoulli(logits=parameter)
+        if target == "kind":
+            assert rights[key] == pytest.approx((guess.argmax(1) == test["kind"]).mean())
+            p = Categorical(logits=parameter)
+        log_p = p.log_prob(whole[m])
+        log_p = (log_p if target == "kind" else log_p.sum(-1)).mean().item()
+        assert nats[key] == pytest.approx(log_p, rel=1e-4)
     mean = {name: seen[name][mask[:, m]].mean(0) for m, name in enumerate(MODALITIES)}
     for name in ("floats", "counts"):
         expected = r2(test[name].astype(float), mean[name]).mean()
@@ -133,11 +142,154 @@ def test_regenerated_arrays_are_scored_by_the_definitions(tmp_path):
     expected = {
         "kind": np.log(usual[test["kind"]]).mean(),
         "bits": Bernoulli(torch.tensor(mean["bits"])).log_prob(torch.tensor(test["bits"]).double()),
-        "counts": Poisson(torch.tensor(mean["counts"])).log_prob(torch.tensor(test["counts"])),
+        "counts": negative_binomial(seen["counts"][mask[:, 3]]).log_prob(
+            torch.tensor(test["counts"])
+        ),
     }
     for name, log_p in expected.items():
         log_p = log_p.sum(-1).mean().item() if name != "kind" else log_p
         assert nats[f"training mean->{name}"] == pytest.approx(log_p, rel=1e-3)
+
+
+def negative_binomial(x):
+    """The distribution with the mean and the variance of the counts x (N, features)."""
+    mean, variance = torch.tensor(x.mean(0)), torch.tensor(x.var(0))
+    r = (mean**2 / (variance - mean).clamp_min(1e-6)).clamp(1e-2, 1e4)
+    return NegativeBinomial(r, logits=mean.log() - r.log())
+
+
+def test_ridge_is_least_squares_with_a_penalty():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 3)), rng.normal(size=(200, 2))
+    y += 3 * x[:, :2]
+    tensors = [torch.from_numpy(a.astype("f4")) for a in (x, y)]
+    split = data.Split(tensors)
+    modalities = [nets.Modality(n, (d,), None, None, "normal") for n, d in (("x", 3), ("y", 2))]
+    dataset = data.Dataset("a.npz", split, split, {}, ("x", "y"))
+    (guess,) = npz.ridge(dataset, modalities, [0], 1, torch.arange(200))
+    z, t = ((a - a.mean(0)) / a.std(0) for a in (x, y))
+    errors, guesses = [], []
+    for penalty in np.logspace(-2, 5, 15):
+        hat = z @ np.linalg.solve(z.T @ z + penalty * np.eye(3), z.T)
+        errors.append(((t - hat @ t) ** 2).mean() / (1 - np.trace(hat) / 200) ** 2)
+        guesses.append(hat @ t * y.std(0) + y.mean(0))
+    assert np.allclose(guess, guesses[np.argmin(errors)], atol=1e-4)
+    assert 0 < np.argmin(errors) < 14
+
+
+def test_missing_entries_and_rows_are_not_scored():
+    base = torch.tensor([[1.0, 2], [3, float("nan")], [5, 6], [9, 9]])
+    modality = nets.Modality("x", (2,), None, None, "normal", scale=None)
+    score = npz.Score()
+    score.add(modality, base, base[:3], torch.tensor([[1.0, 2], [4, 4], [5, 5]]))
+    # errors 0 1 0 around 3, and 0 1 around 4
+    assert score.accuracy_or_r2(modality, base) == pytest.approx(((1 - 1 / 8) + (1 - 1 / 8)) / 2)
+    mask = torch.tensor([[1, 1], [0, 1], [1, 0]], dtype=torch.bool)
+    assert npz.rows_that_show(mask, {0}, 3).tolist() == [0, 2]
+    assert npz.rows_that_show(mask, {0, 1}, 3).tolist() == [0]
+
+
+def test_a_conformal_quantile_is_that_of_n_plus_1():
+    errors = np.array([[5, 1.0], [3, 2], [4, np.nan], [1, 3], [2, np.nan]])
+    assert npz.conformal(errors, 0.5).tolist() == [
+        3,
+        2,
+    ]  # 6 / 2 = 3rd of five, 4 / 2 = 2nd of three
+    assert npz.conformal(errors, 0.8).tolist() == [5, np.inf]  # the 5th; the 4th of three
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        width = npz.conformal(np.abs(rng.normal(size=(40, 1))), 0.9)
+        covered.append((np.abs(rng.normal(size=200)) <= width).mean())
+    assert np.mean(covered) == pytest.approx(37 / 41, abs=0.01)
+
+
+def test_intervals_cover_nine_of_ten_new_values(tmp_path, capsys):
+    run, _ = brief(tmp_path, kept=("floats", "bits", "counts"), epochs=4, more={"n": 600})
+    new = examples(2000, 2)
+    np.savez(tmp_path / "new.npz", bits=new["bits"], counts=new["counts"])
+    _, out = paths(tmp_path)
+    for level in (0.9, 0.5):
+        evaluate(run, "--fill", tmp_path / "new.npz", "--out", out, "--interval", level)
+        filled = dict(np.load(out))
+        out.unlink()
+        for name in ("floats", "counts"):
+            low, high = filled[f"{name}_low"], filled[f"{name}_high"]
+            inside = (low <= new[name]) & (new[name] <= high)
+            assert inside.mean(0) == pytest.approx(level * np.ones(inside.shape[1]), abs=0.07)
+        assert (filled["counts_low"] >= 0).all() and "bits_low" not in filled
+    assert "test rows" not in capsys.readouterr().err
+
+
+def test_few_test_rows_share_their_intervals_and_say_so(tmp_path, capsys):
+    test_mask = np.ones((60, 2), bool)
+    test_mask[10:, 1] = False  # ten rows show the bits
+    run, test = brief(tmp_path, kept=("floats", "bits"), more={"test_mask": test_mask})
+    np.savez(tmp_path / "new.npz", bits=test["bits"])
+    evaluate(run, "--fill", tmp_path / "new.npz", "--out", tmp_path / "filled.npz")
+    assert "only 10 test rows show ['bits']" in capsys.readouterr().err
+    assert np.isfinite(np.load(tmp_path / "filled.npz")["floats_high"]).all()
+
+
+def test_a_missing_entry_is_filled_in_as_the_others_of_its_row(tmp_path):
+    run, test = brief(tmp_path, kept=("floats", "bits"))
+    floats = test["floats"].copy()
+    floats[3, 1], floats[5] = math.nan, math.nan
+    np.savez(tmp_path / "new.npz", floats=floats, bits=test["bits"])
+    evaluate(run, "--fill", tmp_path / "new.npz", "--out", tmp_path / "filled.npz")
+    filled = np.load(tmp_path / "filled.npz")
+    assert np.isfinite(filled["floats"]).all()
+    own, dataset = loaded(run)
+    floats, bits = dataset.test[torch.tensor([3, 5])]
+    floats[0, 1] = math.nan
+    q = own.model.posterior(floats[:1], bits[:1])
+    assert np.allclose(filled["latent_mean"][3], q.mean[0], atol=1e-5)
+    q = own.model.posterior(None, bits[1:])  # a row of NaN is a hidden row
+    assert np.allclose(filled["latent_mean"][5], q.mean[0], atol=1e-5)
+
+
+def test_hidden_bytes_change_nothing(tmp_path):
+    run, test = brief(tmp_path, kept=("floats", "bits"))
+    mask, filled = np.ones((60, 2), bool), []
+    mask[0, 1] = False
+    new, out = paths(tmp_path)
+    for hidden in (0, 9, 255):
+        bits = test["bits"].astype("u1")
+        bits[0] = hidden
+        np.savez(new, floats=test["floats"], bits=bits, mask=mask)
+        evaluate(run, "--fill", new, "--out", out)
+        filled.append(dict(np.load(out)))
+        out.unlink()
+    for other in filled[1:]:
+        assert all(np.array_equal(filled[0][name], other[name]) for name in other)
+
+
+def test_a_moved_archive_is_named_by_dataset(tmp_path, capsys):
+    run, _ = brief(tmp_path, kept=("floats", "bits"))
+    (tmp_path / "own.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises(SystemExit):
+        evaluate(run, "--no-likelihoods")
+    assert "own.npz cannot be read" in capsys.readouterr().err
+    evaluate(run, "--no-likelihoods", "--dataset", tmp_path / "moved.npz")
+    assert metrics_of(run)["regenerated_r2"]
+    save(tmp_path / "moved.npz", ("floats", "bits"), n=100)
+    with pytest.raises(SystemExit):
+        evaluate(run, "--no-likelihoods", "--dataset", tmp_path / "moved.npz")
+    assert "moved.npz does not hold the data" in capsys.readouterr().err
+
+
+def test_many_labels_leave_out_the_classifier_alone(tmp_path, capsys):
+    labels = np.arange(120) * 3
+    own, dataset = loaded(brief(tmp_path, kept=("floats", "bits"))[0])
+    train = data.Split(dataset.train.bases, labels=torch.tensor(labels).repeat(2)[:120])
+    for most, there in ((200, True), (100, False)):
+        evaluation_most = evaluation.MOST_LABELS
+        evaluation.MOST_LABELS = most
+        try:
+            metrics = evaluation.evaluate(own.model, dataset._replace(train=train), {}, examples=0)
+        finally:
+            evaluation.MOST_LABELS = evaluation_most
+        assert ("latent_accuracy" in metrics) == there and metrics["regenerated_r2"]
+    assert evaluation.MOST_LABELS == 200 and "no classifier of z" in capsys.readouterr().err
 
 
 def test_examples_may_share_a_row_of_a_base(tmp_path):
@@ -158,8 +310,8 @@ def test_a_linear_relation_is_found_as_by_least_squares(tmp_path):
         arrays[f"{part}_x"] = 300 * x + 1000
         arrays[f"{part}_y"] = 1e-3 * (x @ weights + rng.normal(size=(n, 3)))
     np.savez(tmp_path / "own.npz", **arrays)
-    flags = dict(epochs=20, latent_dim=4, lr=1e-3, batch_size=128)
-    train("svae", dataset=tmp_path / "own.npz", out=tmp_path / "run", **flags)
+    flags = dict(epochs=40, latent_dim=4, lr=1e-3, batch_size=128)
+    train("vaevae", dataset=tmp_path / "own.npz", out=tmp_path / "run", **flags)
     evaluate(tmp_path / "run", "--no-likelihoods")
     xs = [np.hstack([arrays[f"{part}_x"], np.ones((n, 1))]) for part, n in PARTS]
     fit = np.linalg.lstsq(xs[0], arrays["train_y"], rcond=None)[0]
@@ -189,7 +341,9 @@ def test_filled_arrays_have_the_errors_of_the_evaluation(tmp_path, capsys):
         evaluate(run, "--fill", new, "--out", out, "--seed", 5)
         filled = dict(np.load(out))
         out.unlink()
-        assert set(filled) == {*MODALITIES, "kind_probabilities", "latent_mean", "latent_std"}
+        intervals = {f"{name}_{end}" for name in ("floats", "counts") for end in ("low", "high")}
+        written = {*MODALITIES, *intervals, "kind_probabilities", "latent_mean", "latent_std"}
+        assert set(filled) == written
         for name in ("floats", "counts"):
             expected = r2s[f"picture->{name}"]
             assert r2(test[name], filled[name]).mean() == pytest.approx(expected, abs=1e-4)
@@ -226,25 +380,27 @@ def paths(folder):
     return folder / "new.npz", folder / "filled.npz"
 
 
-def test_filled_samples_are_decoded_samples_of_z(tmp_path):
-    run, test = brief(tmp_path, kept=("floats", "kind"), epochs=3)
+def test_filled_samples_have_the_noise_of_the_likelihood(tmp_path):
+    run, test = brief(tmp_path, kept=("floats", "kind", "counts"), epochs=3)
     np.savez(tmp_path / "new.npz", kind=test["kind"])
     new, out = paths(tmp_path)
-    evaluate(run, "--fill", new, "--out", out, "--samples", 50)
+    evaluate(run, "--fill", new, "--out", out, "--samples", 800)
     drawn = dict(np.load(out))
-    assert drawn["floats"].shape == (50, 60, 4) and drawn["kind"].shape == (50, 60)
-    assert drawn["kind_probabilities"].shape == (50, 60, 4) and drawn["latent_mean"].ndim == 2
-    out.unlink()
-    evaluate(run, "--fill", new, "--out", out)
-    mean, std = np.load(out)["floats"], drawn["floats"].std(0)
-    off = (drawn["floats"].mean(0) - mean) / std  # means of 50 draws and of 20 others
-    assert std.min() > 0 and np.abs(off).max() < 1.5 and off.std() < 0.4
+    assert drawn["floats"].shape == (800, 60, 4) and drawn["latent_mean"].ndim == 2
+    assert drawn["kind"].shape == (800, 60) and drawn["kind"].dtype == np.int64
     own, _ = loaded(run)
-    torch.manual_seed(0)
-    z = own.model.posterior(None, torch.from_numpy(test["kind"])).sample((50,))
-    floats = own.model.decode(z)[0].numpy()[37]
-    floats = data.unstandardise(floats, stats_of(own, "floats"))
-    assert np.allclose(drawn["floats"][37], floats, rtol=1e-4)
+    z = own.model.posterior(None, torch.from_numpy(test["kind"]), None).sample((2000,))
+    location, log_scale = own.model.decoders[0](z).unbind(-1)
+    scale = np.array(stats_of(own, "floats")["std"])
+    variance = (location.var(0) + (2 * log_scale).exp().mean(0)).sqrt().numpy() * scale
+    assert np.median(drawn["floats"].std(0) / variance) == pytest.approx(1, abs=0.03)
+    log_rate, log_r = own.model.decoders[2](z).unbind(-1)
+    rate = log_rate.exp()
+    variance = (rate.var(0) + (rate + rate**2 / log_r.exp()).mean(0)).sqrt().numpy()
+    assert np.median(drawn["counts"].std(0) / variance) == pytest.approx(1, abs=0.03)
+    assert (drawn["counts"] % 1 == 0).all()
+    p = own.model.decode(z)[1].mean(0)[:, 0].numpy()
+    assert np.abs((drawn["kind"] == 0).mean(0) - p).max() < 0.1
 
 
 def test_filled_images_stay_bytes_or_floats(tmp_path):
@@ -280,10 +436,7 @@ WRONG = {
     "a mask": (changed(mask=np.ones((60, 4))), "with shape (60, 5)"),
     "a mask with NaN": (changed(mask=np.full((60, 5), math.nan)), "mask must hold 0 and 1"),
     "text": (changed(bits=np.full((60, 3), "yes")), "bits must be numeric"),
-    "a NaN": (
-        changed(floats=np.where(np.arange(60)[:, None] == 9, math.nan, np.ones((60, 4)))),
-        "not finite, in row 9",
-    ),
+    "infinity": (changed(floats=np.full((60, 4), math.inf)), "floats must hold numbers that are"),
     "greys": (changed(picture=np.full((60, 8, 10), 2.0)), "bytes or floats in [0, 1]"),
     "no bits": (changed(bits=np.full((60, 3), 2)), "must hold 0 and 1"),
     "no counts": (changed(counts=np.full((60, 2), 0.5)), "whole numbers from 0 on"),
