@@ -314,7 +314,7 @@ def test_a_metric_reads_its_result_and_no_batch(name, metric, n, device):
 
 
 def everything(model, dataset, judged):
-    """What an evaluation and its figures compute, but for the metrics above."""
+    """The outputs of an evaluation and its figures, except the metrics above."""
     views, masks = evaluation.views(dataset), evaluation.subsets(dataset.names)
     predict = lambda means: evaluation.predict(means, dataset, judged)  # noqa: E731
     yield evaluation.evaluate(model, dataset, {}, examples=3, samples=40)

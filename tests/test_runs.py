@@ -231,7 +231,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What a model of mvae or meme meets in each step."""
+    """The state of a model of mvae or meme in each of its steps."""
     found = []
     for script in ("mvae", "meme"):
         model = SCRIPTS[script].MODEL
@@ -451,7 +451,7 @@ def dying(moment, rank, *of):
 
 
 def content(run):
-    """What two runs of the same bits share."""
+    """The parts of a run that must be the same to the bit."""
     state = checkpoint(run)
     log = [{k: v for k, v in row.items() if "second" not in k} for row in state["log"]]
     assert [row["epoch"] for row in log_of(run)] == [row["epoch"] for row in log]
