@@ -254,7 +254,9 @@ def judge(model, dataset, oracles, mask):
         digits, doubt = predict(means, dataset, oracles)
         correct.append(digits == dataset.test.labels[index])
         disagreement.append(doubt)
-    shares = [torch.cat(parts, 1).double().mean(1).tolist() for parts in (correct, disagreement)]
+    shares = [
+        torch.cat(parts, 1).cpu().double().mean(1).tolist() for parts in (correct, disagreement)
+    ]
     return dict(zip(views(dataset), zip(*shares)))
 
 
@@ -298,10 +300,10 @@ def joint_coherence(model, dataset, oracles, samples=10_000):
         parts.append(predict(means, dataset, oracles))
     digits, doubt = (torch.cat(outputs, 1) for outputs in zip(*parts))  # (views, samples)
     agreed = digits[0][(digits == digits[0]).all(0)]
-    frequency = agreed.bincount().double() / max(1, len(agreed))
+    frequency = agreed.cpu().bincount().double() / max(1, len(agreed))
     entropy = torch.special.entr(frequency).sum().item()
     metrics = {"joint_coherence": len(agreed) / samples, "joint_entropy": entropy}
-    return metrics, {"joint_coherence": doubt.any(0).double().mean().item()}
+    return metrics, {"joint_coherence": doubt.any(0).cpu().double().mean().item()}
 
 
 def mutual_information(model, dataset, oracles, examples=1000):
@@ -317,7 +319,7 @@ def mutual_information(model, dataset, oracles, examples=1000):
             key = target if target == source else f"{source}->{target}"
             with torch.no_grad():
                 nats = oracles[target].information(view(means))
-            information[key] = nats.double().mean().item()
+            information[key] = nats.cpu().double().mean().item()
     return {"mutual_information": information}
 
 
@@ -325,7 +327,7 @@ def latent_samples(model, split, mask, index):
     """z ~ q(z|mask's modalities), one per example of `index`. -> (n, L), numpy"""
     with torch.no_grad():
         parts = [model.posterior(*data.select(split, mask, i)).sample() for i in index.split(500)]
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()
 
 
 def latent_accuracy(model, dataset):
@@ -397,6 +399,9 @@ def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
     if dataset.test_mask is not None:  # the examples that show everything
         rows = rows[dataset.test_mask.all(1)]
     rows = rows[:examples]
+    if not len(rows):
+        progress("no log-likelihoods: no test example shows every modality")
+        return {}
     budget = 2**20 if z.device.type == "cpu" else 2**26  # numbers that fit the cache, or the GPU
     likelihoods = {}
     for case, (mask, others) in cases.items():
@@ -413,7 +418,7 @@ def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
             with torch.no_grad():
                 parts = [log_likelihood(model, xs, k, given) + math.log(k) for k in blocks]
             nats.append(torch.stack(parts).logsumexp(0) - math.log(samples))
-        likelihoods[case] = torch.cat(nats).double().mean().item()
+        likelihoods[case] = torch.cat(nats).cpu().double().mean().item()
     return {"log_likelihood": likelihoods}
 
 
@@ -422,27 +427,40 @@ def trained_priors(model, args, dataset):
     says otherwise, as MEME does (eq. 4)."""
     if not hasattr(model, "trained_priors"):
         return dataset.names
-    streams = data.pairing(
+    return model.trained_priors([mask for mask, _ in training_streams(args, dataset)])
+
+
+def training_streams(args, dataset):
+    """The streams that a run with these args was trained on."""
+    return data.pairing(
         len(dataset.train),
         dataset.names,
         args["paired"],
         args["unpaired"],
+        seed=args.get("seed", 0),
         mask=dataset.mask,
         groups=dataset.groups,
     )
-    return model.trained_priors([mask for mask, _ in streams])
 
 
 MOST_LABELS = 200  # the memory of a logistic regression grows with their square
 
 
 def evaluate(
-    model, dataset, oracles, examples=100, samples=1000, seed=0, root="./data", priors=None
+    model,
+    dataset,
+    oracles,
+    examples=100,
+    samples=1000,
+    seed=0,
+    root="./data",
+    priors=None,
+    streams=None,
 ):
     """All metrics that apply to the data set, or its own, if its file in benchmarks/ has some.
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, examples=0: none;
-    priors: see log_likelihoods; joint samples need two or more. "disagreement" holds the shares of
+    priors: see log_likelihoods; streams: see npz.evaluate; joint samples need two or more. "disagreement" holds the shares of
     images on which the members of an oracle disagree, under the names of the metrics.
     """
     torch.manual_seed(seed)
@@ -474,7 +492,7 @@ def evaluate(
         metrics |= mutual_information(model, dataset, oracles)
     elif is_own(dataset):
         progress("regenerated examples")
-        metrics |= npz.evaluate(model, dataset, seed)
+        metrics |= npz.evaluate(model, dataset, seed, streams)
     labelled = dataset.train.labels is not None and dataset.test.labels is not None
     if labelled and len(dataset.train.labels.unique()) > MOST_LABELS:
         progress(f"no classifier of z: there are more than {MOST_LABELS} label values")
@@ -533,13 +551,14 @@ def load_run(folder, device="cpu"):
     return Run(Path(folder), args, int(state["epoch"]), minutes, model.to(device).eval(), log)
 
 
-def prepare(name, root, device, spec):
-    """A data set as a run with this spec was trained on it, on the device, with its oracles.
+def prepare(name, root, device, spec, limit=None):
+    """A data set as a run with this spec was trained on it, on the device, with its oracles. limit:
+    the first N training examples of an .npz.
     -> Dataset, {view: Oracle}, {view: test accuracy}"""
     arrays = spec.get("arrays", {}) if name.endswith(".npz") else {}
     stats = {key: array.get("stats", {}) for key, array in arrays.items()}
     likelihoods = [array["likelihood"] for array in arrays.values()] or spec.get("likelihoods")
-    dataset = data.load(name, root, likelihoods=likelihoods, stats=stats)
+    dataset = data.load(name, root, limit, likelihoods, stats)
     dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
     oracles, accuracies = {}, {}
     if hasattr(data.benchmark(name), "views"):
@@ -559,7 +578,8 @@ def measure(run, dataset, oracles, accuracies, root, examples=100, samples=1000,
     print(f"evaluating {run.folder} ...", file=sys.stderr)
     examples = min(examples, len(dataset.test))
     priors = trained_priors(run.model, run.args, dataset)
-    metrics = evaluate(run.model, dataset, oracles, examples, samples, seed, root, priors)
+    streams = training_streams(run.args, dataset) if is_own(dataset) else None
+    metrics = evaluate(run.model, dataset, oracles, examples, samples, seed, root, priors, streams)
     return metrics | {
         "prior": len(priors) > 1,
         "oracle": accuracies,
@@ -612,7 +632,11 @@ def fill(run, args):
 def prepare_run(run, args):
     """`prepare` for a run, whose .npz may have moved (--dataset) and must have the same contents."""
     name = args.dataset or run.args["dataset"]
-    prepared = prepare(name, args.data or run.args["data"], args.device, run.args["spec"])
+    limit = run.args.get("limit") if name.endswith(".npz") else None
+    if name.endswith(".npz") and not Path(name).exists():
+        raise ValueError(f"there is no {name}: --dataset NEW.npz says where it lies now")
+    root = args.data or run.args["data"]
+    prepared = prepare(name, root, args.device, run.args["spec"], limit)
     if run.args.get("digest", prepared[0].digest) != prepared[0].digest:
         raise ValueError(f"{name} does not hold the data that {run.folder} was trained on")
     return prepared
@@ -642,7 +666,8 @@ def evaluate_run(run, args, prepared):
     -> metrics; generations' rows, or None; paths of figures that could not be drawn"""
     name, spec = args.dataset or run.args["dataset"], run.args["spec"]
     root = args.data or run.args["data"]
-    key = name, root, json.dumps([spec.get(k) for k in ("arrays", "likelihoods")])
+    kept = [spec.get(k) for k in ("arrays", "likelihoods")]
+    key = name, root, json.dumps([*kept, run.args.get("limit"), run.args.get("digest")])
     if key not in prepared:
         prepared[key] = prepare_run(run, args)
     dataset, oracles, accuracies = prepared[key]

@@ -779,6 +779,37 @@ def test_resampled_posterior_is_app_a_from_each_side_in_turn(float64):
         assert_close(z[k].T.cov(), covariance, atol=0.06, rtol=0)
 
 
+class Exact(nn.Module):
+    """q(z|x) = N(x / (1 + v), v / (1 + v)): the posterior of z ~ N(0, 1), x ~ N(z, v)."""
+
+    def __init__(self, v):
+        super().__init__()
+        self.v = v
+
+    def forward(self, x, running=False):
+        return x / (1 + self.v), torch.full_like(x, math.log(self.v / (1 + self.v)))
+
+
+def test_resampled_posterior_is_the_exact_one_of_both():
+    v = 0.5
+    identity = nets.Decoder(nn.Identity(), (1,))
+    modalities = [
+        nets.Modality(name, (1,), lambda _: Exact(v), lambda _: identity, "normal", scale=v**0.5)
+        for name in "st"
+    ]
+    model = meme.MEME(modalities, 1)
+    s, t = torch.tensor([[0.5], [-2.0]]), torch.tensor([[1.0], [1.0]])
+    z = model.resample(s, t, samples=4000, candidates=4000)  # (4000, 2, 1)
+    precision = 1 + 2 / v  # of the prior and both likelihoods
+    assert z.shape == (4000, 2, 1)
+    assert_close(z.mean(0), (s + t) / v / precision, atol=0.05, rtol=0)
+    assert_close(z.var(0), torch.full((2, 1), 1 / precision), atol=0.03, rtol=0)
+    assert model.posterior(s, t).variance[1] > 5 / precision  # not so the equal mixture
+    alone = model.resample(s, None, samples=4000)
+    assert_close(alone.mean(0), s / (1 + v), atol=0.05, rtol=0)
+    assert_close(alone.var(0), torch.full((2, 1), v / (1 + v)), atol=0.05, rtol=0)
+
+
 def test_variances_grow_linearly_above_a_scale_of_10():
     cap = 2 * math.log(10)
     logvar = torch.tensor([-9.0, 4.6, cap + 1, cap + 30, cap + 1e4], requires_grad=True)
@@ -1603,34 +1634,3 @@ def test_a_script_trains_and_resumes_to_the_same_bits(name, arrays, tmp_path, ca
     train(name, **flags, epochs=1, out=tmp_path / "b")
     train(name, **flags, epochs=3, out=tmp_path / "b", resume=True)
     assert same(weights(run), weights(tmp_path / "b"))
-
-
-class Exact(nn.Module):
-    """q(z|x) = N(x / (1 + v), v / (1 + v)): the posterior of z ~ N(0, 1), x ~ N(z, v)."""
-
-    def __init__(self, v):
-        super().__init__()
-        self.v = v
-
-    def forward(self, x, running=False):
-        return x / (1 + self.v), torch.full_like(x, math.log(self.v / (1 + self.v)))
-
-
-def test_resampled_posterior_is_the_exact_one_of_both():
-    v = 0.5
-    identity = nets.Decoder(nn.Identity(), (1,))
-    modalities = [
-        nets.Modality(name, (1,), lambda _: Exact(v), lambda _: identity, "normal", scale=v**0.5)
-        for name in "st"
-    ]
-    model = meme.MEME(modalities, 1)
-    s, t = torch.tensor([[0.5], [-2.0]]), torch.tensor([[1.0], [1.0]])
-    z = model.resample(s, t, samples=4000, candidates=4000)  # (4000, 2, 1)
-    precision = 1 + 2 / v  # of the prior and both likelihoods
-    assert z.shape == (4000, 2, 1)
-    assert_close(z.mean(0), (s + t) / v / precision, atol=0.05, rtol=0)
-    assert_close(z.var(0), torch.full((2, 1), 1 / precision), atol=0.03, rtol=0)
-    assert model.posterior(s, t).variance[1] > 5 / precision  # not so the equal mixture
-    alone = model.resample(s, None, samples=4000)
-    assert_close(alone.mean(0), s / (1 + v), atol=0.05, rtol=0)
-    assert_close(alone.var(0), torch.full((2, 1), v / (1 + v)), atol=0.05, rtol=0)

@@ -54,6 +54,7 @@ def draw(
     """
     torch.manual_seed(seed)
     model, test, names = run.model, dataset.test, dataset.names
+    whole = complete(dataset)
     benchmark, heading = data.benchmark(dataset.name), drawing.title(run)
     are_images, labelled = all(map(data.is_image, test.bases)), test.labels is not None
     rows, failed = None, []
@@ -68,8 +69,8 @@ def draw(
                 above += "\n(of pseudo-samples, which only single modalities train)"
             samples, digits = joint_samples(model, views, predict)
             drawing.page(samples, above, path("joint"), digits)
-    if are_images and labelled:
-        rows = generations(model, dataset, masks, views)
+    if are_images and labelled and len(whole.test):
+        rows = generations(model, whole, masks, views)
     if rows and not own:
         with attempt(path("generation"), failed):
             drawing.page(rows, heading, path("generation"))
@@ -80,24 +81,40 @@ def draw(
     if hasattr(benchmark, "draw"):
         with attempt(path("generation"), failed):
             benchmark.draw(run, dataset, root, path("generation"))
+    elif own and not len(whole.test):
+        print("no test example shows every modality: none is drawn", file=sys.stderr)
     elif own:
         with attempt(path("generation"), failed):
-            blocks, hues = regenerated(run, dataset, seed)
+            blocks, hues = regenerated(run, whole, seed)
             drawing.examples(blocks, hues, f"{heading} · test examples", path("generation"))
     if hasattr(benchmark, "evaluate"):  # its own metrics and figures replace all others
         return rows, failed
     with attempt(path("relatedness"), failed):
         pairs = []
         for a, b in itertools.combinations(range(len(names)), 2):
-            d, index = distances(model, test, a, b, w2)
+            shown = npz.rows_that_show(dataset.test_mask, (a, b), len(test))
+            if not len(shown):
+                continue
+            d, index = distances(model, test, a, b, w2, shown)
             labels = test.labels[index].cpu().numpy() if labelled else np.arange(len(d))
             pairs.append(((names[a], names[b]), d, labels))
         drawing.relatedness(pairs, heading, path("relatedness"))
-    if hasattr(model, "full_gradient"):
+    if hasattr(model, "full_gradient") and len(whole.test):
         with attempt(path("gradient"), failed):
-            xs = test[torch.arange(min(64, len(test)))]
+            xs = whole.test[torch.arange(min(64, len(whole.test)))]
             drawing.gradient_histogram(gradient_ratios(model, xs), heading, path("gradient"))
     return rows, failed
+
+
+def complete(dataset):
+    """The data set with the test examples that show every modality alone."""
+    if dataset.test_mask is None:
+        return dataset
+    test, rows = dataset.test, dataset.test_mask.all(1).nonzero()[:, 0]
+    labels = None if test.labels is None else test.labels[rows]
+    return dataset._replace(
+        test=data.Split(test.bases, [row[rows] for row in test.rows], labels), test_mask=None
+    )
 
 
 @torch.no_grad()
@@ -142,14 +159,16 @@ def joint_samples(model, views, predict=None, columns=10, lines=5):
 
 
 @torch.no_grad()
-def distances(model, split, a, b, w2, n=500):
-    """W2 between q(z|x_a) and q(z|x_b) of n random examples that differ in x_a. -> (n, n), index"""
-    index = torch.from_numpy(np.unique(split.rows[a].cpu(), return_index=True)[1])
+def distances(model, split, a, b, w2, rows=None, n=500):
+    """W2 between q(z|x_a) and q(z|x_b) of n random examples that differ in x_a, out of `rows`.
+    -> (n, n), index"""
+    rows = torch.arange(len(split)) if rows is None else rows
+    index = rows[np.unique(split.rows[a].cpu()[rows], return_index=True)[1]]
     index, moments = index[torch.randperm(len(index))[:n]], []
     for m in (a, b):
         mask = [k == m for k in range(len(split.bases))]
         q = model.posterior(*data.select(split, mask, index))
-        moments += [q.mean.double().cpu().numpy(), q.stddev.double().cpu().numpy()]
+        moments += [q.mean.cpu().double().numpy(), q.stddev.cpu().double().numpy()]
     mean_a, std_a, mean_b, std_b = moments  # each (n, L)
     return np.stack([w2(mu, std, mean_b, std_b) for mu, std in zip(mean_a, std_a)]), index
 
@@ -157,10 +176,11 @@ def distances(model, split, a, b, w2, n=500):
 def latent_points(model, dataset, masks, latent_samples, n=1000):
     """z ~ q(z|x_m) of n test examples, for one modality m after the other.
     -> (M n, L), their labels (M n,)"""
-    index = torch.arange(min(n, len(dataset.test)))
-    alone = [mask for mask in masks.values() if sum(mask) == 1]
-    z = np.concatenate([latent_samples(model, dataset.test, mask, index) for mask in alone])
-    return z, np.tile(dataset.test.labels[index].cpu(), len(dataset.names))
+    alone, test = [mask for mask in masks.values() if sum(mask) == 1], dataset.test
+    rows = [npz.rows_that_show(dataset.test_mask, [mask.index(True)], len(test)) for mask in alone]
+    n = min(n, *map(len, rows))
+    z = [latent_samples(model, test, mask, index[:n]) for mask, index in zip(alone, rows)]
+    return np.concatenate(z), np.concatenate([test.labels[index[:n]].cpu() for index in rows])
 
 
 def gradient_ratios(model, xs, draws=30):
@@ -176,7 +196,7 @@ def gradient_ratios(model, xs, draws=30):
         model.full_gradient, total, squares = full, 0, 0
         for _ in range(draws):
             gradient = torch.autograd.grad(model.objective(*xs), encoders + decoders)
-            gradient = torch.cat([g.flatten() for g in gradient]).double()
+            gradient = torch.cat([g.flatten() for g in gradient]).cpu().double()
             total, squares = total + gradient, squares + gradient**2
         mean = total / draws
         std = (squares / draws - mean**2).clamp_min(0).sqrt()
@@ -205,10 +225,11 @@ def regenerated(run, dataset, seed=0):
     for m, (modality, x) in enumerate(zip(model.modalities, xs)):
         if modality.likelihood == "categorical":
             x = F.one_hot(x, means[names[m]][m].shape[-1]).float()
+        x = x.nan_to_num(0.0)  # a missing entry is drawn as the mean
         order = [names[m], *(source for source in means if source != names[m])]
         rows = {"input": x} | {labels[source]: means[source][m] for source in order}
         unit = ""
-        if modality.likelihood == "poisson":
+        if modality.likelihood in ("poisson", "negative-binomial"):
             rows = {label: x.sqrt() for label, x in rows.items()}
             unit = ", square roots"
         elif arrays.get(names[m], {}).get("stats"):

@@ -11,6 +11,7 @@ scored, and it is filled in. Intervals of filled numbers and counts are split co
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities.
 """
 
+import math
 import sys
 from collections import defaultdict
 from functools import partial
@@ -70,36 +71,45 @@ class Score:
     """The errors of one modality from one source, and its log-likelihood, summed over batches."""
 
     def __init__(self):
-        self.examples, self.nats = 0, 0.0
+        self.examples, self.nats, self.centre = 0, 0.0, None
         self.n, self.sum, self.squares, self.errors = 0.0, 0.0, 0.0, 0.0  # of each feature
 
     def add(self, modality, base, x, mean, log_p=None):
         """x, mean (B, ...), log_p (B,); NaN in x is not scored"""
-        x = x.double()
+        x, mean = x.cpu().double(), mean.cpu().double()
         observed = ~x.isnan()
         if modality.likelihood == "categorical":
             errors, x = (mean.argmax(-1) != x).double(), torch.zeros_like(x)
         elif is_guessed(modality, base):
             errors = ((mean > 0.5) != (x > 0.5)).double()
         else:
-            errors = (mean.double() - x) ** 2
-        x, errors = x.nan_to_num(0.0), errors.nan_to_num(0.0)
+            errors = (mean - x) ** 2
+        if self.centre is None:  # squares are summed about it: the mean may be large
+            self.centre = x.nanmean(0).nan_to_num(0.0)
+        x, errors = (x - self.centre).nan_to_num(0.0), errors.nan_to_num(0.0)
         self.n = self.n + observed.double().sum(0)
         self.sum, self.squares = self.sum + x.sum(0), self.squares + (x**2).sum(0)
         self.errors = self.errors + errors.sum(0)
         self.examples += len(x)
         if log_p is not None:
-            self.nats += log_p.double().sum().item()
+            self.nats += log_p.cpu().double().sum().item()
 
-    def accuracy_or_r2(self, modality, base):
+    def accuracy_or_r2(self, modality, base, stats=None):
         """Bits and classes: accuracy. Numbers and counts: R² of each feature, 1 - Σ (x - mean)² / Σ
-        (x - average x)², averaged over those that vary; an image has one, over all its pixels."""
+        (x - average x)², averaged over those that vary by more than the rounding of their values;
+        an image has one, over all its pixels. stats: those that the numbers were standardised
+        with."""
         if is_guessed(modality, base):
             return 1 - (self.errors.sum() / self.n.sum()).item()
-        spread = self.squares - self.sum**2 / self.n.clamp_min(1)
+        n = self.n.clamp_min(1)
+        spread = self.squares - self.sum**2 / n
         if base.ndim == 4:
             return 1 - (self.errors.sum() / spread.sum()).item()
-        varies = spread > 1e-9 * self.squares
+        size = self.centre.abs()
+        if stats:  # a feature that was constant in training has deviation 1
+            mean, std = (torch.tensor(stats[key], dtype=torch.float64) for key in ("mean", "std"))
+            size = size + torch.where(std == 1, mean.abs(), 0.0)
+        varies = (spread / n).clamp_min(0).sqrt() > torch.finfo(torch.float32).eps * size
         return 1 - (self.errors[varies] / spread[varies]).mean().item()
 
 
@@ -121,7 +131,7 @@ def average(modality, split, m, rows, classes):
     for part in rows.split(1000):
         x = split.take(m, part)
         x = F.one_hot(x, classes) if modality.likelihood == "categorical" else x
-        x = x.double()
+        x = x.cpu().double()
         n = n + (~x.isnan()).double().sum(0)
         total, squares = total + x.nansum(0), squares + (x**2).nansum(0)
     mean = total / n.clamp_min(1)
@@ -145,12 +155,13 @@ def marginal_parameter(modality, mean, variance):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, seed=0):
+def evaluate(model, dataset, seed=0, streams=None):
     """Every modality of the test examples from itself, from each other one and, of three or more,
     from all the others together, scored over the examples that show them.
 
     "training mean" is the mean of the training examples that show the modality, ridge_* is ridge
-    regression from the same inputs (`ridge`). log_p is the mean of log p(x_m|z) over samples of z
+    regression from the same inputs (`ridge`), both of what `streams`, those of the training, show;
+    None: all that the data set does. log_p is the mean of log p(x_m|z) over samples of z
     and examples, in nats, of standardised features.
     -> {"regenerated_r2": {"a->b": number}, "regenerated_accuracy": ..., "regenerated_log_p": ...,
     "ridge_r2": ..., "ridge_accuracy": ...}
@@ -160,11 +171,16 @@ def evaluate(model, dataset, seed=0):
     sections = ("regenerated_r2", "regenerated_accuracy", "regenerated_log_p")
     metrics = {section: {} for section in (*sections, "ridge_r2", "ridge_accuracy")}
     decoded = model.decode(model.prior().sample((1,)))
+    if streams is None:
+        streams = data.pairing(len(dataset.train), names, mask=dataset.mask)
+    seen, together = shown_in(streams, len(dataset.train))
 
     def keep(key, m, score, prefix="regenerated"):
         modality, base = model.modalities[m], split.bases[m]
         what = "accuracy" if is_guessed(modality, base) else "r2"
-        metrics[f"{prefix}_{what}"][key] = score.accuracy_or_r2(modality, base)
+        metrics[f"{prefix}_{what}"][key] = score.accuracy_or_r2(
+            modality, base, dataset.spec.get("arrays", {}).get(names[m], {}).get("stats")
+        )
         if prefix == "regenerated":
             metrics["regenerated_log_p"][key] = score.nats / score.examples
 
@@ -184,16 +200,20 @@ def evaluate(model, dataset, seed=0):
                 log_p = nets.log_prob(modality, parameter, x).mean(0)
                 score.add(modality, base, x, nets.mean(modality, parameter).mean(0), log_p)
             keep(key, m, score)
-            if source != name and (guess := ridge(dataset, model.modalities, inputs, m, rows)):
+            guess = None
+            if source != name:
+                guess = ridge(dataset, model.modalities, inputs, m, together, rows)
+            if guess is not None:
                 score = Score()
-                score.add(modality, base, split.take(m, rows).cpu(), guess[0])
+                score.add(modality, base, split.take(m, rows), guess)
                 keep(key, m, score, "ridge")
-        rows = rows_that_show(dataset.mask, {m}, len(dataset.train))
+        rows = rows_that_show(seen, {m}, len(dataset.train))
         mean, variance = average(modality, dataset.train, m, rows, decoded[m].shape[-1])
-        parameter, score = marginal_parameter(modality, mean, variance), Score()
+        parameter, score = marginal_parameter(modality, mean, variance).float(), Score()
         for index in rows_that_show(dataset.test_mask, {m}, len(split)).split(BATCH):
             x = split.take(m, index)
-            log_p = nets.log_prob(modality, parameter.expand(len(x), *parameter.shape), x)
+            marginal = parameter.to(x.device).expand(len(x), *parameter.shape)
+            log_p = nets.log_prob(modality, marginal, x)
             score.add(modality, base, x, mean.expand(len(x), *mean.shape), log_p)
         keep(f"{TRAINING_MEAN}->{name}", m, score)
     return {section: numbers for section, numbers in metrics.items() if numbers}
@@ -203,54 +223,77 @@ def taken(split, mask, rows, index):
     return data.select(split, mask, rows[index])
 
 
+def shown_in(streams, n):
+    """What the streams of a training with n examples show. -> masks (n, M): of every example, and of
+    the examples that show several modalities at a time, with nothing of the others"""
+    seen = torch.zeros(n, len(streams[0][0]), dtype=torch.bool)
+    together = seen.clone()
+    for mask, index in streams:
+        mask = torch.tensor(mask)
+        seen[index] |= mask
+        if mask.sum() > 1:
+            together[index] |= mask
+    return seen, together
+
+
+PENALTIES = np.logspace(-2, 5, 15)
 LARGEST = 4000  # features of an input or a target that ridge regression takes
+WORK = 4e9  # rows times squared input features: seconds of an SVD
 
 
-def ridge(dataset, modalities, inputs, m, rows):
-    """Ridge regression of modality m on the modalities `inputs`, fitted to the training examples
-    that show m, at the test examples `rows`: what a table would be filled with without a VAE.
+def ridge(dataset, modalities, inputs, m, mask, rows):
+    """Ridge regression of modality m on the modalities `inputs` at the test examples `rows`: what
+    a table would be filled in with without a VAE. Fitted to the training examples that show m and
+    any of `inputs` together, mask (N, M); of large data sets to as many, at random, as take seconds.
 
-    Inputs and targets are standardised, classes one-hot; a missing input is 0, its mean. The
-    penalty is the one with the least generalised cross-validation error.
-    -> [predictions (len(rows), *shape)], as nets.mean has them; None for arrays that are too wide
+    Inputs and targets are standardised, classes one-hot; what is missing of an input is 0, its
+    mean. The penalty is the one with the least generalised cross-validation error.
+    -> predictions (len(rows), *shape), as nets.mean has them; None for arrays that are too wide
     """
-    device = dataset.test.rows[0].device
-    fitted = rows_that_show(dataset.mask, {m}, len(dataset.train))
+    arrays = [dataset.spec.get("arrays", {}).get(name, {}) for name in dataset.names]
+    widths = [arrays[k].get("classes") or math.prod(modalities[k].shape) for k in (*inputs, m)]
+    fitted = (mask[:, m] & mask[:, inputs].any(1)).nonzero()[:, 0]
+    if max(widths) > LARGEST or len(fitted) < 2:
+        return None
+    fewer = int(max(2000, WORK / sum(widths[:-1]) ** 2))
+    if len(fitted) > fewer:
+        fitted = torch.from_numpy(np.random.default_rng(0).permutation(fitted.numpy())[:fewer])
 
-    def features(split, mask, k, index, hide=True):
-        x = split.take(k, index.to(device)).cpu()
+    def features(split, k, index, shown=None):
+        """Modality k of the examples `index`, NaN where it is missing. -> (n, D)"""
+        x = split.take(k, index.to(split.rows[k].device)).cpu()
         if modalities[k].likelihood == "categorical":
-            x = F.one_hot(x, dataset.spec["arrays"][names[k]]["classes"])
-        x = x.double().flatten(1).numpy().copy()
-        if hide and mask is not None:
-            x[~mask[index, k].numpy()] = np.nan
+            x = F.one_hot(x, arrays[k]["classes"]).float()
+        x = x.flatten(1).numpy()
+        if shown is not None:
+            x = np.where(shown[index, k, None].numpy(), x, np.float32("nan"))
         return x
 
-    names = dataset.names
-    sizes = [max(1, np.prod(modalities[k].shape, dtype=int)) for k in (*inputs, m)]
-    if max(sizes) > LARGEST or any(
-        modalities[k].likelihood == "categorical" and modalities[k].shape for k in (*inputs, m)
-    ):
-        return None
-    x = np.hstack([features(dataset.train, dataset.mask, k, fitted) for k in inputs])
-    new = np.hstack([features(dataset.test, dataset.test_mask, k, rows) for k in inputs])
-    y = features(dataset.train, None, m, fitted)
-    mean_x, std_x, mean_y, std_y = (
-        np.nan_to_num(moment) for a in (x, y) for moment in (np.nanmean(a, 0), np.nanstd(a, 0))
-    )
-    std_x[std_x == 0], std_y[std_y == 0] = 1, 1
-    x, new = (np.nan_to_num((a - mean_x) / std_x) for a in (x, new))
-    y = np.nan_to_num((y - mean_y) / std_y)
+    def stats_of(k, x):
+        return None if arrays[k].get("stats") else data.feature_stats(x)
+
+    xs, news = [], []
+    for k in inputs:
+        x = features(dataset.train, k, fitted, mask)
+        new, stats = features(dataset.test, k, rows), stats_of(k, x)
+        xs.append(data.standardise(x.astype(float), stats))
+        news.append(data.standardise(new.astype(float), stats))
+    x, new = np.nan_to_num(np.hstack(xs)), np.nan_to_num(np.hstack(news))
+    y = features(dataset.train, m, fitted)
+    stats = stats_of(m, y)
+    y = data.standardise(y.astype(float), stats)
+    centre_x, centre_y = x.mean(0), np.nan_to_num(np.nanmean(y, 0))
+    x, new, y = x - centre_x, new - centre_x, np.nan_to_num(y - centre_y)
     u, sizes, vt = np.linalg.svd(x, full_matrices=False)
     uy, best = u.T @ y, (np.inf, None)
-    for penalty in np.logspace(-2, 5, 15):
+    for penalty in PENALTIES:
         shrunk = sizes**2 / (sizes**2 + penalty)
         error = ((y - u @ (shrunk[:, None] * uy)) ** 2).mean() / (1 - shrunk.sum() / len(x)) ** 2
         if error < best[0]:
             best = error, vt.T @ ((sizes / (sizes**2 + penalty))[:, None] * uy)
-    guess = (new @ best[1]) * std_y + mean_y
+    guess = data.unstandardise(new @ best[1] + centre_y, stats)
     shape = guess.shape[1:] if modalities[m].likelihood == "categorical" else modalities[m].shape
-    return [torch.from_numpy(guess).reshape(len(rows), *shape)]
+    return torch.from_numpy(guess).reshape(len(rows), *shape)
 
 
 def notes(results):
@@ -287,7 +330,8 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
     latent_std (N, L) of q(z|shown) and each modality's mean, (N, *shape), in the units and shapes of
     the input. Bytes stay bytes; absent images become floats in [0, 1]; bits become the probability
     of 1, classes the most likely one, beside NAME_probabilities. With `dataset`, the run's, numbers
-    and counts also have NAME_low and NAME_high, the `level` intervals of `half_widths`. With `draws`
+    and counts also have NAME_low and NAME_high, around the mean, the `level` intervals of
+    `half_widths`. With `draws`
     all arrays are (draws, N, *shape) instead: x ~ p(x|z), one for each of that many samples of z,
     but images, which are the mean at each z.
     -> the mask of what is shown, (N, M). ValueError, and nothing written, for an unsuitable input
@@ -309,9 +353,13 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
 
     for pattern, rows in data.patterns(torch.from_numpy(mask)):
         shown = [old.x[rows].to(device) if s else None for old, s in zip(given, pattern)]
-        widths = {}
+        widths, gap_widths = {}, {}
         if dataset is not None and draws is None:
             widths = half_widths(model, dataset, pattern, level, seed)
+            gaps = [x is not None and bool(x.isnan().any()) for x in shown]
+            gap_widths = (
+                half_widths(model, dataset, pattern, level, seed, gaps) if any(gaps) else {}
+            )
         for index, q, z in passes(model, len(rows), partial(batch, shown), draws or DRAWS, seed):
             at = rows[index].numpy()
             for key, value in zip(LATENT, (q.mean, q.stddev)):
@@ -325,13 +373,16 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
                         x = x.mean(0)
                     elif len(modality.shape) != 3:
                         x = nets.sample(modality, parameter)
-                    x = x.double().cpu().numpy()
+                    x = x.cpu().double().numpy()
                     stats = arrays.get(modality.name, {}).get("stats")
                     for name, values in in_units(modality, old, stats, x, draws).items():
                         store(name, where, values)
                     if modality.name in widths:
-                        x = data.unstandardise(x, stats)
-                        low, high = x - widths[modality.name], x + widths[modality.name]
+                        x, width = data.unstandardise(x, stats), widths[modality.name]
+                        if modality.name in gap_widths:
+                            missing = shown[m][index].isnan().cpu().numpy()
+                            width = np.where(missing, gap_widths[modality.name], width)
+                        low, high = x - width, x + width
                         if modality.likelihood in data.KINDS["counts"].likelihoods:
                             low = np.maximum(low, 0)
                         store(f"{modality.name}_low", where, low)
@@ -341,47 +392,94 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
 
 
 FEWEST = 20  # test rows from which an interval is taken
+GAPS = 10  # passes in which the entries of a table are hidden
 
 
-def half_widths(model, dataset, pattern, level, seed):
+def half_widths(model, dataset, pattern, level, seed, gaps=None):
     """Half the width of the `level` interval of each feature of numbers and counts, in the data's
     units, for rows that show `pattern`, M booleans.
 
     Split conformal prediction (Lei et al., JASA 2018): the ceil((n + 1) level)-th smallest absolute
     residual of n test examples that the run was not trained on, filled in under the same pattern.
     An interval covers a new value with probability `level` or more, on average over test and new
-    examples, where these are exchangeable. With fewer than 20 test rows that show the pattern the
-    residuals are those of all test rows, each under what it shows of the pattern.
+    examples, where these are exchangeable. With too few test rows that show the pattern the
+    residuals are those of all test rows, each under what it shows of the pattern, else under all
+    that it shows; what the pattern hides stays hidden.
+    gaps: M booleans, tables of the pattern whose single entries are missing; their widths only. The
+    residuals of an entry are those of test rows in which it and a tenth of its table are missing.
     -> {name: (features,)}
     """
-    split, wanted = dataset.test, [m for m, shown in enumerate(pattern) if shown]
+    names, split = dataset.names, dataset.test
+    kinds = [dataset.spec.get("arrays", {}).get(name, {}).get("kind") for name in names]
+    targets = [m for m, kind in enumerate(kinds) if kind in ("numbers", "counts")]
+    if gaps is not None:
+        targets = [m for m in targets if gaps[m]]
+    wanted = [m for m, shown in enumerate(pattern) if shown]
     rows = rows_that_show(dataset.test_mask, wanted, len(split))
-    groups = [(pattern, rows)]
-    if len(rows) < FEWEST:
-        text = f"only {len(rows)} test rows show {[dataset.names[m] for m in wanted]}"
+    enough = len(rows) >= max(FEWEST, level / (1 - level))
+    if not enough and gaps is None:
+        text = f"only {len(rows)} test rows show {', '.join(names[m] for m in wanted)}"
         print(f"{text}: their intervals are those of all test rows", file=sys.stderr)
-        mask = torch.ones(len(split), len(pattern), dtype=torch.bool)
-        mask = mask if dataset.test_mask is None else dataset.test_mask.clone()
-        visible = mask & torch.tensor(pattern)
-        mask = torch.where(visible.any(1, keepdim=True), visible, mask)
-        groups = data.patterns(mask)
-    residuals = {}
-    for shown, rows in groups:
-        take = partial(taken, split, shown, rows)
+    if enough and gaps is None:  # all in one pass
+        errors = residuals(model, dataset, pattern, rows, targets, seed)
+        return {names[m]: conformal(errors[m], level) for m in targets}
+    widths = {}
+    for m in targets:
+        groups = [(pattern, rows)] if enough else partly(dataset, pattern, m)
+        parts = [
+            residuals(model, dataset, shown, index, [m], seed, hidden=gaps is not None)[m]
+            for shown, index in groups
+        ]
+        widths[names[m]] = conformal(np.concatenate(parts), level)
+    return widths
+
+
+def partly(dataset, pattern, m):
+    """Test rows that show modality m, with what they show of the pattern, or of everything if that
+    is nothing; without m unless it is in the pattern. -> [(mask, rows), ...]"""
+    n = len(dataset.test)
+    known = torch.ones(n, len(pattern), dtype=torch.bool)
+    known = known if dataset.test_mask is None else dataset.test_mask.clone()
+    rows = known[:, m].nonzero()[:, 0]
+    if not pattern[m]:
+        known[:, m] = False
+    visible = known & torch.tensor(pattern)
+    visible = torch.where(visible.any(1, keepdim=True), visible, known)[rows]
+    some = visible.any(1)
+    rows, visible = rows[some], visible[some]
+    return [(shown, rows[index]) for shown, index in data.patterns(visible)]
+
+
+def residuals(model, dataset, mask, rows, targets, seed, hidden=False):
+    """Absolute errors of the modalities `targets` at the test examples `rows`, filled in given `mask`,
+    in the data's units, NaN where an entry is missing. hidden: in each of ten passes a tenth of
+    the features of targets[0] is hidden; the errors are those of the hidden ones.
+    -> {m: (len(rows), features)}"""
+    split, errors = dataset.test, {}
+    for m in targets:
+        errors[m] = np.full((len(rows), *model.modalities[m].shape), np.nan)
+    turns = min(GAPS, *model.modalities[targets[0]].shape) if hidden else 1
+    for turn in range(turns):
+        features = slice(turn, None, turns)
+
+        def take(index):
+            xs = data.select(split, mask, rows[index])
+            if hidden:
+                xs[targets[0]][:, features] = math.nan
+            return xs
+
         for index, _, z in passes(model, len(rows), take, seed=seed):
-            for m, modality in enumerate(model.modalities):
-                array = dataset.spec.get("arrays", {}).get(modality.name, {})
-                if array.get("kind") not in ("numbers", "counts"):
-                    continue
-                x = split.take(m, rows[index]).double().cpu().numpy()
+            for m in targets:
+                x = split.take(m, rows[index]).cpu().double().numpy()
                 if dataset.test_mask is not None:
                     x[~dataset.test_mask[rows[index], m].numpy()] = np.nan
-                mean = nets.mean(modality, model.decoders[m](z)).mean(0).double().cpu().numpy()
-                error = np.abs(x - mean)
-                if array.get("stats"):
-                    error = error * np.array(array["stats"]["std"])
-                residuals.setdefault(modality.name, []).append(error)
-    return {name: conformal(np.concatenate(errors), level) for name, errors in residuals.items()}
+                mean = nets.mean(model.modalities[m], model.decoders[m](z)).mean(0)
+                error = np.abs(x - mean.cpu().double().numpy())
+                errors[m][index.numpy(), features] = error[:, features]
+    for m in targets:
+        stats = dataset.spec["arrays"][dataset.names[m]].get("stats")
+        errors[m] *= np.array(stats["std"]) if stats else 1
+    return errors
 
 
 def conformal(errors, level):

@@ -624,7 +624,7 @@ def test_each_data_set_gets_its_metrics_with_the_options(monkeypatch):
     assert found["disagreement"] == {"split_accuracy disagreement": 1}
     found = metrics(own, {}, seed=9)
     assert list(found) == ["regenerated", "latent_accuracy", "log_likelihoods"]
-    assert found["regenerated"] == (model, own, 9)
+    assert found["regenerated"] == (model, own, 9, None)
     for part in ("train", "test"):
         bare = own._replace(**{part: data.Split(getattr(own, part).bases)})
         assert list(metrics(bare, {})) == ["regenerated", "log_likelihoods"]

@@ -3,13 +3,21 @@
 import itertools
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributions import Bernoulli, Categorical, NegativeBinomial, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MultivariateNormal,
+    NegativeBinomial,
+    Normal,
+)
 
 import data
 import eval as evaluation
@@ -166,7 +174,8 @@ def test_ridge_is_least_squares_with_a_penalty():
     split = data.Split(tensors)
     modalities = [nets.Modality(n, (d,), None, None, "normal") for n, d in (("x", 3), ("y", 2))]
     dataset = data.Dataset("a.npz", split, split, {}, ("x", "y"))
-    (guess,) = npz.ridge(dataset, modalities, [0], 1, torch.arange(200))
+    shown = torch.ones(200, 2, dtype=torch.bool)
+    guess = npz.ridge(dataset, modalities, [0], 1, shown, torch.arange(200))
     z, t = ((a - a.mean(0)) / a.std(0) for a in (x, y))
     errors, guesses = [], []
     for penalty in np.logspace(-2, 5, 15):
@@ -226,8 +235,149 @@ def test_few_test_rows_share_their_intervals_and_say_so(tmp_path, capsys):
     run, test = brief(tmp_path, kept=("floats", "bits"), more={"test_mask": test_mask})
     np.savez(tmp_path / "new.npz", bits=test["bits"])
     evaluate(run, "--fill", tmp_path / "new.npz", "--out", tmp_path / "filled.npz")
-    assert "only 10 test rows show ['bits']" in capsys.readouterr().err
+    assert "only 10 test rows show bits" in capsys.readouterr().err
     assert np.isfinite(np.load(tmp_path / "filled.npz")["floats_high"]).all()
+
+
+class Exact(torch.nn.Module):
+    """x_m = z W_m + noise, with the exact posterior of two-dimensional z given observed entries."""
+
+    def __init__(self, widths, noise=0.7):
+        super().__init__()
+        self.modalities, self.latent_dim, self.noise = numbers(widths), 2, noise
+        generator = torch.Generator().manual_seed(1)
+        for k, width in enumerate(widths):
+            self.register_parameter(
+                f"w{k}", torch.nn.Parameter(torch.randn(2, width, generator=generator))
+            )
+        self.decoders = [partial(self.parameter, k) for k in range(len(widths))]
+
+    def weights(self):
+        return [weight.detach() for weight in self.parameters()]
+
+    def parameter(self, k, z):
+        mean = z @ self.weights()[k]
+        return torch.stack([mean, torch.full_like(mean, math.log(self.noise))], -1)
+
+    def decode(self, z):
+        return [z @ weight for weight in self.weights()]
+
+    def prior(self):
+        return Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+
+    def posterior(self, *xs):
+        n = next(len(x) for x in xs if x is not None)
+        precision, pulled = torch.eye(2).repeat(n, 1, 1), torch.zeros(n, 2)
+        for x, weight in zip(xs, self.weights()):
+            if x is not None:
+                seen = (~x.isnan()).float() / self.noise**2
+                precision = precision + torch.einsum("nd,id,jd->nij", seen, weight, weight)
+                pulled = pulled + (seen * x.nan_to_num(0.0)) @ weight.T
+        mean = torch.linalg.solve(precision, pulled[..., None])[..., 0]
+        return MultivariateNormal(mean, precision_matrix=precision)
+
+    def draw(self, n, seed):
+        """n examples of every modality, as a split."""
+        torch.manual_seed(seed)
+        z = torch.randn(n, 2)
+        return data.Split([x + self.noise * torch.randn_like(x) for x in self.decode(z)])
+
+
+def numbers(widths):
+    array = {"kind": "numbers", "likelihood": "normal"}
+    arrays = {f"x{k}": array | {"shape": [width]} for k, width in enumerate(widths)}
+    return nets.modalities("npz", arrays=arrays)
+
+
+def exact(widths, n=400, test_mask=None):
+    """-> the model; a data set of it, with n test examples"""
+    model = Exact(widths)
+    names = tuple(m.name for m in model.modalities)
+    spec = {"name": "npz", "arrays": {name: {"kind": "numbers"} for name in names}}
+    parts = model.draw(n, 2), model.draw(n, 3)
+    return model, data.Dataset("x.npz", *parts, spec, names, test_mask=test_mask)
+
+
+def test_intervals_of_an_exact_posterior_cover_nine_of_ten(tmp_path):
+    model, dataset = exact((5, 4, 3))
+    new = model.draw(4000, 4)
+    truth, path, out = [x.numpy() for x in new.bases], *paths(tmp_path)
+    holes = np.random.default_rng(0).random(truth[0].shape) < 0.1
+    mask = np.tile([[1, 1, 0], [1, 0, 1]], (2000, 1))
+    given = {"x0": np.where(holes, np.float32("nan"), truth[0]), "x1": truth[1], "x2": truth[2]}
+    np.savez(path, **given, mask=mask)
+    npz.fill(model, dataset.spec, path, out, dataset=dataset)
+    filled = np.load(out)
+    groups = {"shown": ~holes, "missing": holes}
+    for k in range(3):
+        x, low, high = truth[k], filled[f"x{k}_low"], filled[f"x{k}_high"]
+        inside = (low <= x) & (x <= high)
+        if k:
+            groups = {"shown": mask[:, k] == 1, "hidden": mask[:, k] == 0}
+        for rows in groups.values():
+            assert inside[rows].mean() == pytest.approx(0.9, abs=0.03)
+    width = (filled["x0_high"] - filled["x0_low"])[:, 0]  # wider where the entry is missing
+    assert width[holes[:, 0]].min() > width[~holes[:, 0]].max()
+
+
+def test_few_test_rows_hide_what_the_new_ones_do(tmp_path):
+    """Elsewhere the target is shown, and nothing else: its own errors are no residuals."""
+    mask = torch.zeros(400, 3, dtype=torch.bool)
+    mask[:, 0], mask[:9, 1], mask[200:, 2] = True, True, True
+    model, dataset = exact((5, 4, 3), test_mask=mask)
+    groups = npz.partly(dataset, (False, True, False), 0)
+    assert [(shown, len(rows)) for shown, rows in groups] == [
+        ((False, False, True), 200),
+        ((False, True, False), 9),
+    ]
+    new, (path, out) = model.draw(2000, 4), paths(tmp_path)
+    np.savez(path, x1=new.bases[1].numpy())
+    npz.fill(model, dataset.spec, path, out, dataset=dataset)
+    filled, x = np.load(out), new.bases[0].numpy()
+    assert ((filled["x0_low"] <= x) & (x <= filled["x0_high"])).mean() > 0.8
+
+
+def test_test_rows_need_not_show_everything(capsys):
+    mask = torch.eye(2, dtype=torch.bool).repeat(30, 1)
+    model, dataset = exact((3, 3), n=60, test_mask=mask)
+    metrics = evaluation.evaluate(model, dataset, {})
+    assert set(metrics["regenerated_r2"]) == {
+        "x0->x0", "training mean->x0", "x1->x1", "training mean->x1"
+    }  # fmt: skip
+    assert (
+        "log_likelihood" not in metrics and "no test example shows every" in capsys.readouterr().err
+    )
+
+
+def test_ridge_is_fitted_to_what_the_run_was_shown():
+    model, dataset = exact((3, 2), n=60)
+    streams = data.pairing(60, dataset.names, 0.2, "rest")
+    seen, together = npz.shown_in(streams, 60)
+    assert seen.all() and together.sum().item() == 2 * 12
+    found = npz.evaluate(model, dataset, 0, streams)["ridge_r2"]["x0->x1"]
+    few = dataset._replace(train=data.Split([x[streams[0][1]] for x in dataset.train.bases]))
+    shown = torch.ones(12, 2, dtype=torch.bool)
+    guess = npz.ridge(few, model.modalities, [0], 1, shown, torch.arange(60)).numpy()
+    assert found == pytest.approx(r2(dataset.test.bases[1].numpy(), guess).mean(), abs=0.02)
+    assert npz.evaluate(model, dataset)["ridge_r2"]["x0->x1"] > found
+
+
+def test_features_that_vary_by_rounding_are_not_scored(tmp_path):
+    rng, arrays = np.random.default_rng(0), {}
+    for part in ("train", "test"):
+        x = rng.normal(size=(80, 3))
+        total = np.abs(x) / np.abs(x).sum(1, keepdims=True)
+        arrays[f"{part}_x"] = np.c_[x, total.sum(1), 1e5 + x[:, :1]]  # a constant; a large mean
+        arrays[f"{part}_y"] = x[:, :2]
+    assert 0 < arrays["train_x"][:, 3].std() < 1e-15
+    np.savez(tmp_path / "own.npz", **arrays)
+    for flags in ({}, {"no_standardise": True}):
+        run = tmp_path / f"run{len(flags)}"
+        train("mvae", dataset=tmp_path / "own.npz", out=run, epochs=1, latent_dim=2, **flags)
+        own, dataset = loaded(run)
+        found = npz.evaluate(own.model, dataset)
+        assert abs(found["regenerated_r2"]["training mean->x"]) < 0.1
+        assert -1 < found["ridge_r2"]["x->y"] and found["ridge_r2"]["y->x"] > 0.5
 
 
 def test_a_missing_entry_is_filled_in_as_the_others_of_its_row(tmp_path):
@@ -268,7 +418,7 @@ def test_a_moved_archive_is_named_by_dataset(tmp_path, capsys):
     (tmp_path / "own.npz").rename(tmp_path / "moved.npz")
     with pytest.raises(SystemExit):
         evaluate(run, "--no-likelihoods")
-    assert "own.npz cannot be read" in capsys.readouterr().err
+    assert "own.npz: --dataset NEW.npz says where" in capsys.readouterr().err
     evaluate(run, "--no-likelihoods", "--dataset", tmp_path / "moved.npz")
     assert metrics_of(run)["regenerated_r2"]
     save(tmp_path / "moved.npz", ("floats", "bits"), n=100)
