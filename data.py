@@ -180,7 +180,7 @@ def nearest_end(ends, position):
 
 
 def patterns(mask):
-    """The distinct rows of an (n, M) mask, fullest first, each with the examples that have it."""
+    """The distinct rows of an (n, M) mask, those that show most first, each with its examples."""
     if not mask.any(1).all():
         row = int((~mask.any(1)).nonzero()[0])
         raise ValueError(f"the mask hides everything in row {row}: leave that row out")
@@ -190,8 +190,8 @@ def patterns(mask):
 
 
 def one_pattern_per_step(streams, sampling):
-    """True where a mask has more patterns than the papers' protocols have streams, M + 1: a step
-    that showed all of them would cost a pass for each."""
+    """True for natural sampling where a mask has more patterns than the papers' protocols have
+    streams, M + 1: a step that showed all of them would cost a pass for each."""
     return sampling == "natural" and len(streams) > len(streams[0][0]) + 1
 
 

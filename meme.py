@@ -66,8 +66,8 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 
 class MEME(nn.Module):
-    """samples: K; kl: "sample", as in eq. (6), or "closed", outside w; classifier_scale: c, the
-    factor on log q(t|s); full_gradient: also through w (with kl="sample" all of eq. (7)); direction:
+    """samples: K; kl: "sample", as in eq. (6), or "closed", outside w, which a mixture p(z|t) does
+    not have; classifier_scale: c, the factor on log q(t|s); full_gradient: also through w (with kl="sample" all of eq. (7)); direction:
     the modality s of the only direction to train, which every example must show; pseudo_samples: N;
     explicit: p(z|t) where t is several modalities (App. E), the "mixture" or the "product" of
     their encoders."""
@@ -160,7 +160,7 @@ class MEME(nn.Module):
         log_q_t_given_s, w = self.importance_weight(log_q_t)
         prior_mu, prior_logvar = self.conditional_prior([gaussians[m] for m in t])  # (n, B, L)
         # c = 10: with 1, and w detached, the expected gradient of s -> t reconstruction is zero
-        if self.kl == "sample" or len(prior_mu) > 1:  # Eq. (6), where c is 1
+        if self.kl == "sample" or len(prior_mu) > 1:  # Eq. (6) if c = 1
             log_p_z = log_normal(z[0], prior_mu, prior_logvar).logsumexp(0)
             log_p_z = log_p_z - math.log(len(prior_mu))  # a mixture's density: it has no closed KL
             log_q_z = log_normal(z[0], mu, logvar)
@@ -227,9 +227,9 @@ class MEME(nn.Module):
 
     @torch.no_grad()
     def resample(self, *xs, samples=1, candidates=100):
-        """App. A's q(z|s,t) = q(z|s) q(t|z) / q(t|s), for several observed modalities: of
-        `candidates` z ~ q(z|s), draws with weights q(t|z), each modality being s in turn.
-        -> (samples, B, L)"""
+        """App. A's q(z|s,t) = q(z|s) q(t|z) / q(t|s), for several observed modalities: draws
+        `candidates` samples z ~ q(z|s) and resamples them with weights q(t|z); each modality takes
+        the role of s in turn. -> (samples, B, L)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(seen) == 1:
             return self.posterior(*xs).sample((samples,))

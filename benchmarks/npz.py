@@ -399,7 +399,7 @@ def half_widths(model, dataset, pattern, level, seed, gaps=None):
     """Half the width of the `level` interval of each feature of numbers and counts, in the data's
     units, for rows that show `pattern`, M booleans.
 
-    Split conformal prediction (Lei et al., JASA 2018): the ceil((n + 1) level)-th smallest absolute
+    Split conformal prediction (Lei et al., JASA 2018): the ⌈(n + 1)·level⌉-th smallest absolute
     residual of n test examples that the run was not trained on, filled in under the same pattern.
     An interval covers a new value with probability `level` or more, on average over test and new
     examples, where these are exchangeable. With too few test rows that show the pattern the
