@@ -1363,7 +1363,9 @@ def test_own_images_have_the_networks_of_svhn():
     ("counts", "negative-binomial", dict(mean=[3.0, 0.0], std=[2.0, 0.0]), [3.0, 1e-3]),
     ("counts", "poisson", dict(mean=[3.0, 0.0], std=[2.0, 0.0]), [3.0, 1e-3]),
     ("bits", "bernoulli", dict(mean=[0.2, 1.0]), [0.2, 0.999]),
+    ("bits", "bernoulli", dict(mean=[0.0, 0.9]), [0.001, 0.9]),
     ("class", "categorical", dict(mean=[0.25, 0.75]), [0.25, 0.75]),
+    ("class", "categorical", dict(mean=[0.0, 1.0]), [1e-3 / 1.001, 1 / 1.001]),
 ])  # fmt: skip
 def test_outputs_start_at_the_marginal(kind, likelihood, marginal, start):
     shape, more = ((), dict(classes=2)) if kind == "class" else ((2,), {})
@@ -1377,6 +1379,11 @@ def test_outputs_start_at_the_marginal(kind, likelihood, marginal, start):
         assert_close(parameter[0, :, 1].exp(), 1.01 * torch.tensor(marginal["std"]))
         decoder.net[5].value.data.fill_(-50.0)
         assert_close(decoder(torch.randn(1, 3))[0, :, 1].exp(), torch.tensor([0.005, 0.04]))
+    if m.likelihood != "poisson" and kind in ("numbers", "counts"):  # no two models share it
+        assert decoder.net[5].value.data_ptr() != m.decoder(3).net[5].value.data_ptr()
+    if kind == "counts":
+        first, x = m.encoder(3).trunk[0], torch.tensor([[3.0, 0.0], [7.0, 0.0]])
+        assert_close(first(x), torch.tensor([[0, 0], [2 * math.log(2), 0]]))
     if likelihood == "negative-binomial":  # variance 4 = mean 3 + 3² / r
         r = torch.tensor([9.0, 0.01]) + math.exp(-10)
         assert_close(parameter[0, :, 1].exp(), r)
