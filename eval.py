@@ -8,9 +8,9 @@ The first half is pure numpy, independent of the rest of the file:
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
     linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of samples
-    w2(mean1, scale1, mean2, scale2)                      2-Wasserstein distance, [meme] App. F
+    w2(mean1, scale1, mean2, scale2)                  2-Wasserstein distance, [meme] App. F
 
-The second half evaluates runs. z is one sample of the posterior per example (--seed fixes it); the
+The rest evaluates runs. z is one sample of the posterior per example (--seed fixes it); the
 decoded mean is judged by oracles, classifiers of the real images, whose own test accuracy stands
 under each table. Metrics and figures of a single data set are in its file in benchmarks/; those of
 a user's own arrays, and --fill, in benchmarks/npz.py.

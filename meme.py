@@ -67,10 +67,10 @@ def kl_normal(mu, logvar, prior_mu, prior_logvar):
 
 class MEME(nn.Module):
     """samples: K; kl: "sample", as in eq. (6), or "closed", outside w, which a mixture p(z|t) does
-    not have; classifier_scale: c, the factor on log q(t|s); full_gradient: also through w (with kl="sample" all of eq. (7)); direction:
-    the modality s of the only direction to train, which every example must show; pseudo_samples: N;
-    explicit: p(z|t) where t is several modalities (App. E), the "mixture" or the "product" of
-    their encoders."""
+    not have; classifier_scale: c, the factor on log q(t|s); full_gradient: also through w (with
+    kl="sample" all of eq. (7)); direction: the modality s of the only direction to train, which
+    every example must show; pseudo_samples: N; explicit: p(z|t) where t is several modalities
+    (App. E), the "mixture" or the "product" of their encoders."""
 
     def __init__(
         self,

@@ -255,7 +255,7 @@ def ridge(dataset, modalities, inputs, m, mask, rows):
     fitted = (mask[:, m] & mask[:, inputs].any(1)).nonzero()[:, 0]
     if max(widths) > LARGEST or len(fitted) < 2:
         return None
-    fewer = int(max(2000, WORK / sum(widths[:-1]) ** 2))
+    fewer = int(min(1e5, max(1000, WORK / sum(widths[:-1]) ** 2)))
     if len(fitted) > fewer:
         fitted = torch.from_numpy(np.random.default_rng(0).permutation(fitted.numpy())[:fewer])
 
