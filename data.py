@@ -354,8 +354,8 @@ def row_blocks(x, shown=None, values=2**21):
 
 
 def check_bernoulli(dataset, likelihoods):
-    """ValueError where a Bernoulli likelihood is asked for values outside [0, 1]. Which likelihoods
-    the networks of a data set take, nets.modalities knows."""
+    """ValueError where a Bernoulli likelihood is asked for values outside [0, 1]. nets.modalities
+    checks which likelihoods the networks accept."""
     for m, (name, likelihood) in enumerate(zip(dataset.names, likelihoods)):
         for split in (dataset.train, dataset.test):
             x = split.bases[m]
@@ -373,13 +373,15 @@ def load_npz(path, limit=None, likelihoods=None, stats=None):
     if likelihoods and len(likelihoods) != len(names):
         names = ", ".join(names)
         raise ValueError(f"--likelihoods needs one for each of {names}, not {len(likelihoods)}")
-    masks = [split_mask(path, part, names, arrays) for part in ("train", "test")]
+    masks = []
+    for part in ("train", "test"):
+        columns = {name: arrays[f"{part}_{name}"] for name in names}
+        mask = arrays.pop(f"{part}_mask", None)
+        masks.append(shown_rows(path, f"{part}_mask", names, columns, mask))
+    del columns
     bases, specs = ([], []), {}
     for m, name in enumerate(names):
         pair = [arrays.pop(f"{part}_{name}") for part in ("train", "test")]
-        for x, mask in zip(pair, masks):
-            if x.ndim == 2 and x.dtype.kind == "f":  # a row of NaN shows nothing
-                mask[:, m] &= ~np.isnan(x).all(1)
         if not masks[0][:limit, m].any() or not masks[1][:, m].any():
             raise ValueError(f"{path}: no training example, or no test example, shows {name}")
         tensors, specs[name] = user_array(
@@ -439,28 +441,40 @@ def modality_names(path, arrays):
         if name in {*UNPAIRED, *written, "latent_mean", "latent_std"} or set(name) & set("/\\,:"):
             raise ValueError(f"{path}: a modality cannot be called {name!r}")
     for part in ("train", "test"):
-        rows = {key: x.shape[:1] for key, x in arrays.items() if key.startswith(f"{part}_")}
-        for key in rows:
-            x = arrays[key]
-            if x.dtype.kind not in "buif" or not x.ndim or not x.size:
-                raise ValueError(f"{path}: {key} must be numeric, with one row per example")
-            if key.endswith("_labels") and (x.ndim != 1 or x.dtype.kind not in "iu"):
-                raise ValueError(f"{path}: {key} must hold one integer per example")
-        if len(set(rows.values())) > 1:
-            counts = ", ".join(f"{key} has {n:,}" for key, (n,) in rows.items())
-            raise ValueError(f"{path}: the arrays of a split must have as many rows each: {counts}")
+        check_rows(path, {key: x for key, x in arrays.items() if key.startswith(f"{part}_")})
+        labels = arrays.get(f"{part}_labels")
+        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+            raise ValueError(f"{path}: {part}_labels must hold one integer per example")
     return names
 
 
-def split_mask(path, part, names, arrays):
-    """train_mask or test_mask of an archive, (N, M) booleans; all true where it has none."""
-    shape = len(arrays[f"{part}_{names[0]}"]), len(names)
-    mask = arrays.pop(f"{part}_mask", np.ones(shape, bool))
+def check_rows(path, arrays):
+    """ValueError unless all arrays are numeric and have the same number of rows."""
+    for key, x in arrays.items():
+        if x.dtype.kind not in "buif" or not x.ndim or not x.size:
+            raise ValueError(f"{path}: {key} must be numeric, with one row per example")
+    if len({len(x) for x in arrays.values()}) > 1:
+        rows = ", ".join(f"{key} has {len(x):,}" for key, x in arrays.items())
+        raise ValueError(f"{path}: arrays must have as many rows each: {rows}")
+
+
+def shown_rows(path, key, names, columns, mask=None):
+    """Which modalities a row shows: `mask`, the archive's array `key`, all of them without it, less
+    those with nothing but missing entries. columns: {modality: array}, which may lack some.
+    -> (N, M) booleans"""
+    shape = len(next(iter(columns.values()))), len(names)
+    mask = np.ones(shape, bool) if mask is None else mask
     if mask.shape != shape or not KINDS["bits"].valid(mask):
         raise ValueError(
-            f"{path}: {part}_mask must hold 0 and 1, with the shape {shape} (examples, modalities)"
+            f"{path}: {key} must hold 0 and 1 with shape {shape} (examples, modalities: "
+            f"{', '.join(names)}), not {mask.shape}"
         )
-    return mask.astype(bool)
+    mask = mask.astype(bool) & [name in columns for name in names]
+    for m, name in enumerate(names):
+        x = columns.get(name)
+        if x is not None and x.ndim == 2 and x.dtype.kind == "f":
+            mask[:, m] &= ~np.isnan(x).all(1)
+    return mask
 
 
 def user_array(where, pair, shown, limit, likelihood, stats):

@@ -460,8 +460,9 @@ def evaluate(
     """All metrics that apply to the data set, or its own, if its file in benchmarks/ has some.
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, examples=0: none;
-    priors: see log_likelihoods; streams: see npz.evaluate; joint samples need two or more. "disagreement" holds the shares of
-    images on which the members of an oracle disagree, under the names of the metrics.
+    priors: see log_likelihoods, joint samples need two or more; streams: see npz.evaluate.
+    "disagreement" holds the shares of images on which the members of an oracle disagree, under the
+    names of the metrics.
     """
     torch.manual_seed(seed)
     model.eval()

@@ -122,6 +122,11 @@ def mean(modality, parameter):
     return torch.exp(parameter) if counts else parameter
 
 
+def dispersion(mean, variance):
+    """r of the negative binomial with these moments: its variance is mean + mean² / r."""
+    return (mean**2 / (variance - mean).clamp_min(1e-6)).clamp(1e-2, 1e4)
+
+
 def sample(modality, parameter):
     """One draw from p(x|z), of x's shape: classes and words as integers."""
     if modality.likelihood == "categorical":
@@ -548,10 +553,8 @@ def user_array(name, kind, shape, likelihood, classes=None, stats=None, marginal
         first, start = partial(OneHot, classes), mean.clamp_min(1e-3).log()
     elif kind == "counts":
         first, start = partial(LogCounts, mean, std), mean.clamp_min(1e-3).log()
-        # the variance of a negative binomial is mean + mean² / r
-        r = mean**2 / (std**2 - mean).clamp_min(1e-6)
         if likelihood == "negative-binomial":
-            learned = (r.clamp(1e-2, 1e4).log(), torch.tensor(-10.0))
+            learned = (dispersion(mean, std**2).log(), torch.tensor(-10.0))
     elif kind == "numbers":
         first, start = Observed, mean
         learned = (std.log(), std.log() + math.log(1e-2))

@@ -145,8 +145,8 @@ def marginal_parameter(modality, mean, variance):
     if modality.likelihood in ("categorical", "poisson"):
         return mean.clamp_min(1e-6).log()
     if modality.likelihood == "negative-binomial":
-        r = mean**2 / (variance - mean).clamp_min(1e-6)
-        return torch.stack([mean.clamp_min(1e-6).log(), r.clamp(1e-2, 1e4).log()], -1)
+        log_r = nets.dispersion(mean, variance).log()
+        return torch.stack([mean.clamp_min(1e-6).log(), log_r], -1)
     if not nets.extra_axis(modality):
         return mean
     if modality.likelihood == "laplace":
@@ -184,29 +184,29 @@ def evaluate(model, dataset, seed=0, streams=None):
         if prefix == "regenerated":
             metrics["regenerated_log_p"][key] = score.nats / score.examples
 
+    # every modality from z of each single one; of three or more, one from z of all the others
+    scores = {}  # {(inputs, m): Score}
+    for k in every:
+        scores |= regenerate(model, dataset, (k,), list(every), seed)
+    for m in every if len(names) > 2 else ():
+        scores |= regenerate(model, dataset, tuple(k for k in every if k != m), [m], seed)
+
     for m, (name, modality, base) in enumerate(zip(names, model.modalities, split.bases)):
-        sources = {name: [m]} | {a: [k] for k, a in enumerate(names) if k != m}
+        sources = {name: (m,)} | {a: (k,) for k, a in enumerate(names) if k != m}
         if len(names) > 2:
-            sources["the others"] = [k for k in every if k != m]
+            sources["the others"] = tuple(k for k in every if k != m)
         for source, inputs in sources.items():
-            rows = rows_that_show(dataset.test_mask, {*inputs, m}, len(split))
-            if not len(rows):
+            if (inputs, m) not in scores:  # no test example shows both
                 continue
-            mask = [k in inputs for k in every]
-            score, key = Score(), f"{source}->{name}"
-            take = partial(taken, split, mask, rows)
-            for index, _, z in passes(model, len(rows), take, seed=seed):
-                parameter, x = model.decoders[m](z), split.take(m, rows[index])  # (K, B, ...)
-                log_p = nets.log_prob(modality, parameter, x).mean(0)
-                score.add(modality, base, x, nets.mean(modality, parameter).mean(0), log_p)
-            keep(key, m, score)
+            keep(f"{source}->{name}", m, scores[inputs, m])
             guess = None
             if source != name:
-                guess = ridge(dataset, model.modalities, inputs, m, together, rows)
+                rows = rows_that_show(dataset.test_mask, {*inputs, m}, len(split))
+                guess = ridge(dataset, model.modalities, list(inputs), m, together, rows)
             if guess is not None:
                 score = Score()
                 score.add(modality, base, split.take(m, rows), guess)
-                keep(key, m, score, "ridge")
+                keep(f"{source}->{name}", m, score, "ridge")
         rows = rows_that_show(seen, {m}, len(dataset.train))
         mean, variance = average(modality, dataset.train, m, rows, decoded[m].shape[-1])
         parameter, score = marginal_parameter(modality, mean, variance).float(), Score()
@@ -219,13 +219,34 @@ def evaluate(model, dataset, seed=0, streams=None):
     return {section: numbers for section, numbers in metrics.items() if numbers}
 
 
-def taken(split, mask, rows, index):
-    return data.select(split, mask, rows[index])
+def regenerate(model, dataset, inputs, targets, seed):
+    """The modalities `targets` from z ~ q(z|inputs), over the test examples that show all `inputs`
+    and the target. -> {(inputs, m): Score}, without targets that no such example shows"""
+    split, scores = dataset.test, {}
+    rows = rows_that_show(dataset.test_mask, inputs, len(split))
+    mask = [k in inputs for k in range(len(dataset.names))]
+
+    def take(index):
+        return data.select(split, mask, rows[index])
+
+    for index, _, z in passes(model, len(rows), take, seed=seed):
+        for m in targets:
+            at = torch.arange(len(index))  # those of the batch that show the target
+            if dataset.test_mask is not None:
+                at = at[dataset.test_mask[rows[index], m]]
+            if not len(at):
+                continue
+            modality, x = model.modalities[m], split.take(m, rows[index[at]])
+            parameter = model.decoders[m](z[:, at])  # (K, B, ...)
+            log_p = nets.log_prob(modality, parameter, x).mean(0)
+            score = scores.setdefault((inputs, m), Score())
+            score.add(modality, split.bases[m], x, nets.mean(modality, parameter).mean(0), log_p)
+    return scores
 
 
 def shown_in(streams, n):
-    """What the streams of a training with n examples show. -> masks (n, M): of every example, and of
-    the examples that show several modalities at a time, with nothing of the others"""
+    """The modalities that n training examples show in the streams of a training, and those that they
+    show together with another. -> two masks (n, M)"""
     seen = torch.zeros(n, len(streams[0][0]), dtype=torch.bool)
     together = seen.clone()
     for mask, index in streams:
@@ -331,9 +352,8 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
     the input. Bytes stay bytes; absent images become floats in [0, 1]; bits become the probability
     of 1, classes the most likely one, beside NAME_probabilities. With `dataset`, the run's, numbers
     and counts also have NAME_low and NAME_high, around the mean, the `level` intervals of
-    `half_widths`. With `draws`
-    all arrays are (draws, N, *shape) instead: x ~ p(x|z), one for each of that many samples of z,
-    but images, which are the mean at each z.
+    `half_widths`. With `draws` all arrays are (draws, N, *shape) instead: x ~ p(x|z), one for each of
+    that many samples of z, except images, which are the mean at each z.
     -> the mask of what is shown, (N, M). ValueError, and nothing written, for an unsuitable input
     """
     if Path(out).exists():
@@ -357,9 +377,8 @@ def fill(model, spec, path, out, draws=None, seed=0, dataset=None, level=0.9):
         if dataset is not None and draws is None:
             widths = half_widths(model, dataset, pattern, level, seed)
             gaps = [x is not None and bool(x.isnan().any()) for x in shown]
-            gap_widths = (
-                half_widths(model, dataset, pattern, level, seed, gaps) if any(gaps) else {}
-            )
+            if any(gaps):
+                gap_widths = half_widths(model, dataset, pattern, level, seed, gaps)
         for index, q, z in passes(model, len(rows), partial(batch, shown), draws or DRAWS, seed):
             at = rows[index].numpy()
             for key, value in zip(LATENT, (q.mean, q.stddev)):
@@ -502,23 +521,8 @@ def read_new(model, arrays, path):
             f"{path} must hold arrays named {', '.join(names)}, and may hold mask, not "
             f"{', '.join(unknown) or 'none'}"
         )
-    for key, x in new.items():
-        if x.dtype.kind not in "buif" or not x.ndim or not x.size:
-            raise ValueError(f"{path}: {key} must be numeric, with one row per example")
-    rows = {key: len(x) for key, x in new.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"{path}: arrays must have as many rows each, not {rows}")
-    shape = len(new[present[0]]), len(names)
-    mask = new.get("mask", np.ones(shape, bool))
-    if mask.shape != shape or not np.isin(mask, (0, 1)).all():
-        raise ValueError(
-            f"{path}: mask must hold 0 and 1 with shape {shape} (examples, modalities: "
-            f"{', '.join(names)}), not {mask.shape}"
-        )
-    mask = mask.astype(bool) & [name in new for name in names]
-    for m, name in enumerate(names):
-        if name in new and new[name].ndim == 2 and new[name].dtype.kind == "f":
-            mask[:, m] &= ~np.isnan(new[name]).all(1)
+    data.check_rows(path, new)
+    mask = data.shown_rows(path, "mask", names, {n: new[n] for n in present}, new.get("mask"))
     decoded = model.decode(model.prior().sample((1,)))
     given = []
     for m, (modality, name) in enumerate(zip(model.modalities, names)):
