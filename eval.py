@@ -234,7 +234,8 @@ def in_parts(dataset):
 def generate(model, split, mask, index):
     """One sample z ~ q(z|mask's modalities) per example, decoded. -> M means"""
     with torch.no_grad():
-        return model.decode(model.posterior(*data.select(split, mask, index)).sample())
+        (z,) = npz.posterior_samples(model, data.select(split, mask, index))
+        return model.decode(z)
 
 
 def predict(means, dataset, oracles):
@@ -286,24 +287,41 @@ def coherence(model, dataset, oracles):
 
 
 def joint_coherence(model, dataset, oracles, samples=10_000):
-    """[poe] Fig. 8: the share of z ~ p(z) in whose images all oracles predict the same digit.
+    """[poe] Fig. 8: the share of z in whose images all oracles predict the same digit: of samples
+    of p(z) and, as aggregate_coherence, of the aggregate posterior. Priors differ between models
+    (MEME's is itself a mixture of encodings), and a joint coherence of p(z) compares them, too.
 
     joint_entropy, in nats, is that of the digits on which they agree: log 10 = 2.30 if all are
     equally frequent, 0 if it is always the same one, which makes coherence meaningless. The members
     of the oracles disagree on a sample if those of any oracle do.
     -> metrics; the oracles' disagreement, in the same shape
     """
+    with torch.no_grad():
+        sources = {
+            "joint": model.prior().sample((samples,)),
+            "aggregate": npz.aggregate_samples(model, dataset.train, samples),
+        }
+    metrics, disagreement = {}, {}
+    for name, z in sources.items():
+        share, entropy, doubt = agreement(model, dataset, oracles, z)
+        metrics |= {f"{name}_coherence": share, f"{name}_entropy": entropy}
+        disagreement[f"{name}_coherence"] = doubt
+    return metrics, disagreement
+
+
+def agreement(model, dataset, oracles, z):
+    """The share of z in whose images all oracles predict the same digit, the entropy of these
+    digits in nats, and the share on which the members of an oracle disagree."""
     parts = []
-    for part in torch.arange(samples).split(500):
+    for part in z.split(500):
         with torch.no_grad():
-            means = model.decode(model.prior().sample((len(part),)))
+            means = model.decode(part)
         parts.append(predict(means, dataset, oracles))
     digits, doubt = (torch.cat(outputs, 1) for outputs in zip(*parts))  # (views, samples)
     agreed = digits[0][(digits == digits[0]).all(0)]
     frequency = agreed.cpu().bincount().double() / max(1, len(agreed))
     entropy = torch.special.entr(frequency).sum().item()
-    metrics = {"joint_coherence": len(agreed) / samples, "joint_entropy": entropy}
-    return metrics, {"joint_coherence": doubt.any(0).cpu().double().mean().item()}
+    return len(agreed) / len(z), entropy, doubt.any(0).cpu().double().mean().item()
 
 
 def mutual_information(model, dataset, oracles, examples=1000):
@@ -374,11 +392,12 @@ def log_likelihood(model, xs, samples=1000, given=None):
 
 
 def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
-    """[meme] Table 2: means over the first test examples of log p(x_m), log p(x_1, ..., x_M) and
-    log p(x_m|all others), in nats.
+    """[meme] Table 2: means over test examples, spread over the test set, of log p(x_m),
+    log p(x_1, ..., x_M) and log p(x_m|all others), in nats.
 
-    priors: the modalities whose prior was trained; None: all. log p(x_m) is left out for the
-    others, log p(x_1, ..., x_M) where they are fewer than two.
+    log_likelihood_rise says how far each may be too low: its rise from K/10 to K samples, K being
+    `samples`. priors: the modalities whose prior was trained; None: all. log p(x_m) is left out for
+    the others, log p(x_1, ..., x_M) where they are fewer than two.
     """
     names = dataset.names
     priors = names if priors is None else priors
@@ -398,28 +417,35 @@ def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
     rows = torch.arange(len(dataset.test))
     if dataset.test_mask is not None:  # the examples that show everything
         rows = rows[dataset.test_mask.all(1)]
-    rows = rows[:examples]
     if not len(rows):
         progress("no log-likelihoods: no test example shows every modality")
         return {}
+    rows = rows[npz.spread(len(rows), examples)]
     budget = 2**20 if z.device.type == "cpu" else 2**26  # numbers that fit the cache, or the GPU
-    likelihoods = {}
+    tenths = [len(part) for part in torch.arange(samples).tensor_split(min(10, samples))]
+    likelihoods, rises = {}, {}
     for case, (mask, others) in cases.items():
         size = sum(n for n, shown in zip(features, mask) if shown)  # per sample and example
         if others is None:
             size = max(size, components * z.shape[-1])
-        block = min(samples, max(1, budget // size))  # samples
-        blocks = [len(part) for part in torch.arange(samples).split(block)]
-        nats = []
+        block = min(tenths[0], max(1, budget // size))  # samples
+        nats, fewer = [], []
         chunk = max(1, budget // (block * size))  # examples
         for index in rows.split(chunk):
             given = None if others is None else data.select(dataset.test, others, index)
             xs = data.select(dataset.test, mask, index)
-            with torch.no_grad():
-                parts = [log_likelihood(model, xs, k, given) + math.log(k) for k in blocks]
-            nats.append(torch.stack(parts).logsumexp(0) - math.log(samples))
+            sums = []  # of the weights of each tenth of the samples, in logs
+            for count in tenths:
+                blocks = [len(part) for part in torch.arange(count).split(block)]
+                with torch.no_grad():
+                    parts = [log_likelihood(model, xs, k, given) + math.log(k) for k in blocks]
+                sums.append(torch.stack(parts).logsumexp(0))
+            nats.append(torch.stack(sums).logsumexp(0) - math.log(samples))
+            means = [total - math.log(count) for total, count in zip(sums, tenths)]
+            fewer.append(torch.stack(means).mean(0))
         likelihoods[case] = torch.cat(nats).cpu().double().mean().item()
-    return {"log_likelihood": likelihoods}
+        rises[case] = likelihoods[case] - torch.cat(fewer).cpu().double().mean().item()
+    return {"log_likelihood": likelihoods, "log_likelihood_rise": rises}
 
 
 def trained_priors(model, args, dataset):
@@ -460,23 +486,19 @@ def evaluate(
     """All metrics that apply to the data set, or its own, if its file in benchmarks/ has some.
 
     oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, examples=0: none;
-    priors: see log_likelihoods, joint samples need two or more; streams: see npz.evaluate.
+    priors: see log_likelihoods; streams: see npz.evaluate.
     "disagreement" holds the shares of images on which the members of an oracle disagree, under the
     names of the metrics.
     """
     torch.manual_seed(seed)
     model.eval()
-    has_prior = priors is None or len(priors) > 1
     benchmark = data.benchmark(dataset.name)
     if hasattr(benchmark, "evaluate"):
         progress("the metrics of its benchmark")
         return benchmark.evaluate(model, dataset, root, seed)
     if hasattr(benchmark, "correlated"):
         progress("correlations of generated pairs")
-        pairs, judged = benchmark.correlated(model, dataset, root)
-        return correlations(
-            pairs, {name: xy for name, xy in judged.items() if has_prior or name != "joint"}
-        )
+        return correlations(*benchmark.correlated(model, dataset, root))
     metrics = {}
     if oracles and in_parts(dataset):
         progress("accuracy of regenerated images")
@@ -485,10 +507,9 @@ def evaluate(
     elif oracles:
         progress("coherence of generated images")
         metrics, disagreement = coherence(model, dataset, oracles)
-        if has_prior:
-            joint, doubt = joint_coherence(model, dataset, oracles)
-            metrics, disagreement = metrics | joint, disagreement | doubt
-        metrics["disagreement"] = disagreement
+        joint, doubt = joint_coherence(model, dataset, oracles)
+        metrics |= joint
+        metrics["disagreement"] = disagreement | doubt
         progress("mutual information of label and oracle")
         metrics |= mutual_information(model, dataset, oracles)
     elif is_own(dataset):

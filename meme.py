@@ -229,14 +229,17 @@ class MEME(nn.Module):
     def resample(self, *xs, samples=1, candidates=100):
         """App. A's q(z|s,t) = q(z|s) q(t|z) / q(t|s), for several observed modalities: draws
         `candidates` samples z ~ q(z|s) and resamples them with weights q(t|z); each modality takes
-        the role of s in turn. -> (samples, B, L)"""
+        the role of s in turn, the first one at random. -> (samples, B, L)"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         if len(seen) == 1:
             return self.posterior(*xs).sample((samples,))
         gaussians, draws = self.encode(xs), [None] * samples
-        for turn, s in enumerate(seen[:samples]):
+        first = int(torch.randint(len(seen), ()))
+        for turn, s in enumerate([*seen[first:], *seen[:first]][:samples]):
+            t = [m for m in seen if m != s]
             z = normal(*gaussians[s]).sample((candidates,))  # (candidates, B, L)
-            log_q_t = sum(self.log_p(m, z, xs[m]) for m in seen if m != s)  # (candidates, B)
+            parts = [sum(self.log_p(m, part, xs[m]) for m in t) for part in z.split(10)]
+            log_q_t = torch.cat(parts)  # (candidates, B)
             count = len(range(turn, samples, len(seen)))
             k = Categorical(logits=log_q_t.T).sample((count,))  # (count, B)
             draws[turn :: len(seen)] = z[k, torch.arange(z.shape[1], device=z.device)]

@@ -763,14 +763,16 @@ def test_dreg_is_biased_for_two_experts_and_exact_for_one(seen):
         assert errors.max() > 8
 
 
-def test_resampled_posterior_is_app_a_from_each_side_in_turn(float64):
+@pytest.mark.parametrize("first", [0, 1])
+def test_resampled_posterior_is_app_a_from_each_side_in_turn(first, float64, monkeypatch):
     model, xs = linear_model("meme"), pair(2_000)
+    monkeypatch.setattr(torch, "randint", lambda most, shape: torch.tensor(first))
     model.modalities = [m._replace(weight=0.5) for m in model.modalities]  # counts, as in training
     z = model.resample(*xs, samples=3, candidates=200)
     assert z.shape == (3, 2_000, L) and not z.requires_grad
     assert model.resample(*pair(7), samples=1).shape == (1, 7, L)
     gaussians_of = model.encode(xs)
-    for k, s in enumerate([0, 1, 0]):  # q(z|s) N(t; W z + b, noise² / weight) is a Gaussian
+    for k, s in enumerate([first, 1 - first, first]):  # q(z|s) N(t; W z + b, noise² / weight) is a Gaussian
         (mu, logvar), decode, t = gaussians_of[s], model.decoders[1 - s], xs[1 - s][0]
         slope = 0.5 * decode.weight.T / NOISE**2
         covariance = torch.linalg.inv(torch.diag(torch.exp(-logvar[0])) + slope @ decode.weight)

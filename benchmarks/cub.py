@@ -30,7 +30,7 @@ from torchvision import models, transforms
 from torchvision.datasets.utils import calculate_md5, download_url
 
 import data
-from benchmarks import drawing
+from benchmarks import drawing, npz
 
 CUB_PHOTOS = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
@@ -606,11 +606,11 @@ def cross_generate(model, split, batch_size=256):
 
 
 @torch.no_grad()
-def joint_generate(model, n=1000, batch_size=250):
-    """Pairs generated from n prior samples. -> features (n, 2048), captions int64 (n, 32)"""
+def joint_generate(model, z, batch_size=250):
+    """Pairs generated from z (n, L). -> features (n, 2048), captions int64 (n, 32)"""
     features, captions = [], []
-    for k in range(0, n, batch_size):
-        image, caption = model.decode(model.prior().sample((min(batch_size, n - k),)))
+    for part in z.split(batch_size):
+        image, caption = model.decode(part)
         features.append(image.cpu())
         captions.append(caption.argmax(-1).cpu())
     return torch.cat(features).numpy(), torch.cat(captions).numpy()
@@ -621,7 +621,8 @@ def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
 
     -> (x, y) of the training pairs, for the fit of the CCA, and {name: (x, y)}, whose correlations
     are measured: "image->caption" and "caption->image", where one is generated from the other;
-    "joint", both generated from the prior; "truth", the test pairs.
+    "joint" and "aggregate", both generated from the prior or the aggregate posterior; "truth", the
+    test pairs.
     """
     device = next(model.parameters()).device
     vectors = cached_word_vectors(root, dataset.train.bases[1], dataset.words, device)
@@ -635,11 +636,11 @@ def correlated(model, dataset, root="./data", samples=1000, batch_size=256):
     train_image, train_caption = real(dataset.train)
     image, caption = real(dataset.test)
     features, captions = cross_generate(model, dataset.test, batch_size)
-    joint_features, joint_captions = joint_generate(model, samples)
     pairs = {
         "image->caption": (image, captions),
         "caption->image": (features, caption),
-        "joint": (joint_features, joint_captions),
+        "joint": joint_generate(model, model.prior().sample((samples,))),
+        "aggregate": joint_generate(model, npz.aggregate_samples(model, dataset.train, samples)),
         "truth": (image, caption),
     }
     fit = train_image, embed(train_caption)

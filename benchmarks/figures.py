@@ -128,7 +128,8 @@ def generations(model, dataset, masks, views):
     index = torch.tensor([labels.index(label) for label in sorted(set(labels))[:10]])
     xs = split[index]
     for name, mask in masks.items():
-        means = model.decode(model.posterior(*data.select(split, mask, index)).sample())
+        (z,) = npz.posterior_samples(model, data.select(split, mask, index))
+        means = model.decode(z)
         if len(views) == 1:
             ((view, whole),) = views.items()
             shown = [x if s else torch.full_like(x, 0.5) for x, s in zip(xs, mask)]

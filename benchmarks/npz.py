@@ -36,9 +36,33 @@ def passes(model, n, take, draws=DRAWS, seed=0):
     torch.manual_seed(seed)
     for index in torch.arange(n).split(BATCH):
         xs = take(index)
-        q = model.posterior(*xs)
-        resample = getattr(model, "resample", None)
-        yield index, q, resample(*xs, samples=draws) if resample else q.sample((draws,))
+        yield index, model.posterior(*xs), posterior_samples(model, xs, draws)
+
+
+@torch.no_grad()
+def posterior_samples(model, xs, draws=1):
+    """z ~ q(z|xs), xs being M tensors or None: of MEME, where several are shown, the resampled
+    posterior of App. A. -> (draws, B, L)"""
+    if hasattr(model, "resample"):
+        return model.resample(*xs, samples=draws)
+    return model.posterior(*xs).sample((draws,))
+
+
+def spread(n, most):
+    """At most `most` of the rows 0 to n - 1, at equal distances: a test set may be sorted."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+PAIRS = 128  # training pairs of the aggregate posterior
+
+
+def aggregate_samples(model, train, n):
+    """n samples of the aggregate posterior of training pairs, (1/PAIRS) Σ_i q(z|x_i): where the
+    prior does not match it, samples of the two differ. -> (n, L)"""
+    index = spread(len(train), PAIRS)
+    xs = data.select(train, [True] * len(train.bases), index)
+    z = posterior_samples(model, xs, math.ceil(n / len(index))).flatten(0, 1)
+    return z[torch.randperm(len(z))[:n].to(z.device)]
 
 
 def batch(xs, index):

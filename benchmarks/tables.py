@@ -32,6 +32,12 @@ SECTIONS = {  # key of metrics.json: column of the table, None without one; defi
         "Entropy of those digits, nats: 2.303 if all are equally frequent, 0 if it is always the "
         "same one",
     ),
+    "aggregate_coherence": (
+        "aggregate",
+        "The same for samples of the aggregate posterior, the mixture of q(z|pair) over 128 "
+        "training pairs, which does not depend on the model's choice of p(z)",
+    ),
+    "aggregate_entropy": ("aggregate entropy", "Entropy of those digits, nats"),
     "accuracy": (
         "{}",
         "Accuracy: the share of test images whose digit the oracle predicts for the whole image, "
@@ -66,8 +72,8 @@ SECTIONS = {  # key of metrics.json: column of the table, None without one; defi
     "bits": ("bit {}", "Bits of fingerprints, predicted from spectra"),
     "log_likelihood": (
         "log p({})",
-        "Log-likelihood of test examples, nats, importance-weighted: higher is better; x|y: x "
-        "given y",
+        "Log-likelihood of test examples, nats, importance-weighted: higher is better; x|y is the "
+        "integral of p(x|z) q(z|y)",
     ),
 }
 
@@ -230,6 +236,7 @@ def row(name, group, titles):
     """The cells of the runs of one setting."""
     run, epoch, cells = group[0]["run"], group[0]["epoch"], [columns(r) for r in group]
     disagreement = [columns(r.get("disagreement", {})) for r in group]
+    rises = [columns({"log_likelihood": r.get("log_likelihood_rise", {})}) for r in group]
     pairs = ["masked", "–"] if drawing.is_masked(run) else [f"{run['paired']:g}", run["unpaired"]]
     epochs = run["epochs"] if epoch == run["epochs"] else f"{epoch} of {run['epochs']}"
     seeds = len({r["run"]["seed"] for r in group})
@@ -237,7 +244,12 @@ def row(name, group, titles):
     for t in titles:
         cell = number([c.get(t, math.nan) for c in cells])
         shares = [d[t] for d in disagreement if t in d]
-        line.append(f"{cell} ({np.mean(shares):.1%})" if shares else cell)
+        if shares:
+            cell += f" ({np.mean(shares):.1%})"
+        rise = [found[t] for found in rises if t in found]
+        if rise:
+            cell += f" (+{np.mean(rise):.1f})"
+        line.append(cell)
     return line
 
 
@@ -275,6 +287,7 @@ def report(result, paper=False):
         lines += ["", *textwrap.wrap(definition, 100)]
         scores = by_key(result[section])
         disagreement = by_key(result.get("disagreement", {}).get(section, {}))
+        rises = result.get("log_likelihood_rise", {}) if section == "log_likelihood" else {}
         names = {key: " → ".join(map(drawing.label, key.split("->"))) or title for key in scores}
         width = max(map(len, names.values()))
         for key, score in scores.items():
@@ -282,6 +295,8 @@ def report(result, paper=False):
             line = f"    {names[key]:<{width}} {cell:>9}"
             if key in disagreement:
                 line += f"   (oracle's members disagree on {disagreement[key]:.1%})"
+            if key in rises:
+                line += f"   (rises by {rises[key]:.2f} from K/10 to K samples)"
             if title and theirs.get(heading(title, key)):
                 line += f"   paper {theirs[heading(title, key)]}"
             lines.append(line)
@@ -307,14 +322,23 @@ def notes(results):
         if doubt:
             lines.append(f"Above 5 % a number is in doubt: {', '.join(doubt)}.")
     if any(not r.get("prior", True) for r in results):
-        reason = "MEME's p(z), of pseudo-samples, is trained by single modalities"
-        lines.append(f"{reason}: a dash without.")
+        lines.append(
+            "MEME's p(z) is trained by single modalities. Without them its pseudo-samples stay the "
+            "training examples they started as, and there is no log-likelihood of p(z)."
+        )
     limited = [r for r in results if r["run"].get("limit")]
     for limit in sorted({r["run"]["limit"] for r in limited}):
         folders = ", ".join(Path(r["folder"]).name for r in limited if r["run"]["limit"] == limit)
         lines.append(f"Trained on the first {limit:,} examples only (--limit): {folders}.")
     for k, n in sorted({(r["samples"], r["examples"]) for r in results if "log_likelihood" in r}):
-        lines.append(f"log p: nats, importance-weighted, K = {k:,}, the first {n:,} test examples.")
+        lines.append(
+            f"log p: nats, importance-weighted, K = {k:,}, {n:,} test examples, spread over the "
+            "test set; in brackets the rise from K/10 to K."
+        )
+    rises = [columns({"log_likelihood": r.get("log_likelihood_rise", {})}) for r in results]
+    low = sorted({t for found in rises for t, rise in found.items() if rise > 1})
+    if low:
+        lines.append(f"Where it is above 1 nat, the number is a loose lower bound: {', '.join(low)}.")
     if any("log_likelihood" in r and r["pseudo"] for r in results):
         lines.append("Bernoulli on grey values is a pseudo-likelihood: no density of the images.")
     lines += npz.notes(results)

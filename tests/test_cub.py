@@ -16,7 +16,7 @@ from torchvision.datasets.utils import calculate_md5
 
 import data
 import eval as evaluation
-from benchmarks import cub
+from benchmarks import cub, npz
 from helpers import Pooled, archive, originals, packed_originals, photo, shi
 
 
@@ -396,7 +396,9 @@ class Turned(nn.Module):
     def posterior(self, image, caption):
         self.seen.append(len(caption if image is None else image))
         z = caption[:, :1] + 20.0 if image is None else image[:, :1]
-        return types.SimpleNamespace(sample=lambda: z, mean=-z)
+        return types.SimpleNamespace(
+            sample=lambda shape=(): z.expand(*shape, *z.shape), mean=-z
+        )
 
     def prior(self):
         def sample(shape):
@@ -420,11 +422,10 @@ def test_each_modality_is_generated_from_a_sample_given_the_other():
     assert captions[:, 0].tolist() == (index // 10).tolist()
     assert captions[0].tolist() == [0, 1, 2, 3]
     assert model.seen == [256, 256, 256, 256, 88, 88]
-    features, captions = cub.joint_generate(model)
-    assert model.drawn == [250] * 4 and features.shape == (1000, 5) and captions.shape == (1000, 4)
+    features, captions = cub.joint_generate(model, model.prior().sample((600,)))
+    assert features.shape == (600, 5) and captions.shape == (600, 4)
     assert (features[:, 0] % 70 == captions[:, 0]).all()
-    assert features[[0, 999], 0].tolist() == [100, 649]
-    assert len(cub.joint_generate(model, 7, 5)[0]) == 7 and model.drawn[4:] == [5, 2]
+    assert len(cub.joint_generate(model, model.prior().sample((7,)), 5)[0]) == 7
 
 
 def test_correlations_are_fit_on_training_and_measured_on_generated_pairs(tmp_path, monkeypatch):
@@ -436,6 +437,7 @@ def test_correlations_are_fit_on_training_and_measured_on_generated_pairs(tmp_pa
         splits.append(data.Split(bases, [torch.arange(10 * n) // 10, torch.arange(10 * n)]))
     dataset = data.Dataset("cub", *splits, {}, ("image", "caption"), words=words)
     (tmp_path / "data" / "cub").mkdir(parents=True)
+    torch.manual_seed(0)
     (train_x, fit_y), found = cub.correlated(Turned(10), dataset, samples=7)
     assert (tmp_path / "data" / "cub" / "words.npz").exists()
     vectors = cub.cached_word_vectors("data", dataset.train.bases[1], words)
@@ -446,11 +448,15 @@ def test_correlations_are_fit_on_training_and_measured_on_generated_pairs(tmp_pa
     (x, y), (test_x, test_y) = (split[torch.arange(len(split))] for split in splits)
     assert np.array_equal(train_x, x) and np.array_equal(fit_y, embed(y))
     features, captions = cub.cross_generate(Turned(10), dataset.test)
-    joint_x, joint_y = cub.joint_generate(Turned(10), 7)
+    joint_x, joint_y = cub.joint_generate(Turned(10), Turned(10).prior().sample((7,)))
+    torch.manual_seed(0)
+    aggregate = npz.aggregate_samples(Turned(10), dataset.train, 7)
+    aggregate_x, aggregate_y = cub.joint_generate(Turned(10), aggregate)
     expected = {
         "image->caption": (test_x, embed(captions)),
         "caption->image": (features, embed(test_y)),
         "joint": (joint_x, embed(joint_y)),
+        "aggregate": (aggregate_x, embed(aggregate_y)),
         "truth": (test_x, embed(test_y)),
     }
     assert list(found) == list(expected)

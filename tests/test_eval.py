@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import meme
 import nets
-from benchmarks import drawing, figures, tables
+from benchmarks import drawing, figures, npz, tables
 from helpers import READERS, ROOT, SCRIPTS, SHAPES, Perfect, Reader, toy
 
 NUMPY_ALONE = """
@@ -238,7 +238,11 @@ class Sampled(Perfect):
     def posterior(self, *xs):
         self.asked.append((pattern(xs), len(next(x for x in xs if x is not None))))
         z = super().posterior(*xs).mean
-        return SimpleNamespace(sample=lambda: z, mean=0 * z - 1, stddev=torch.ones_like(z))
+        return SimpleNamespace(
+            sample=lambda shape=(): z.expand(*shape, *z.shape),
+            mean=0 * z - 1,
+            stddev=torch.ones_like(z),
+        )
 
 
 def flipped(m, digit):
@@ -323,18 +327,23 @@ def test_joint_coherence_is_of_samples_of_the_prior():
 
     shapes = [(1, 4, 4), (3, 2, 6)]
     model, oracles = Cycles(shapes, says), {"mnist": Reader(4), "svhn": Reader(2)}
-    metrics, disagreement = evaluation.joint_coherence(model, toy(), oracles)
+    dataset = toy()
+    metrics, disagreement = evaluation.joint_coherence(model, dataset, oracles)
     assert model.done == 10_000
     assert metrics["joint_coherence"] == 5 / 8  # both show 0, 0, 0, 1 or 2
+    training = dataset.train.labels[npz.spread(len(dataset.train), 128)]
+    agree = (training <= 2).double().mean().item()
+    assert metrics["aggregate_coherence"] == pytest.approx(agree, abs=0.01)
     entropy = -(0.6 * math.log(0.6) + 2 * 0.2 * math.log(0.2))  # of 3/5, 1/5, 1/5
     assert metrics["joint_entropy"] == pytest.approx(entropy)
-    assert disagreement == {
-        "joint_coherence": 4 / 8
-    }  # svhn shows 2 four times, mnist 4 two of them
+    assert disagreement["joint_coherence"] == 4 / 8  # svhn shows 2 four times, mnist 4 two of them
+    seen = (training >= 2).double().mean().item()
+    assert disagreement["aggregate_coherence"] == pytest.approx(seen, abs=0.01)
     for agree, share in (-1, 0), (3, 1 / 8):  # on nothing; on one of eight samples
         model = Cycles(shapes, lambda m, digit: digit + m * (digit != agree))
         metrics, _ = evaluation.joint_coherence(model, toy(), oracles, samples=8)
-        assert metrics == {"joint_coherence": share, "joint_entropy": 0} and model.done == 8
+        assert metrics["joint_coherence"] == share and metrics["joint_entropy"] == 0
+        assert model.done == 8
 
 
 def test_mutual_information_is_the_mean_over_the_first_images():
@@ -450,9 +459,10 @@ def test_coherence_of_a_perfect_model_is_one_with_full_entropy(monkeypatch):
     metrics = evaluation.evaluate(Perfect(SHAPES), toy(), READERS)
     assert metrics["cross_coherence"] == {"mnist->svhn": 1, "svhn->mnist": 1}
     assert metrics["self_coherence"] == {"mnist": 1, "svhn": 1}
-    assert metrics["joint_coherence"] == 1
+    assert metrics["joint_coherence"] == metrics["aggregate_coherence"] == 1
     disagreement = metrics["disagreement"]
-    assert disagreement.pop("joint_coherence") == 0 and disagreement == {
+    assert disagreement.pop("joint_coherence") == disagreement.pop("aggregate_coherence") == 0
+    assert disagreement == {
         key: dict.fromkeys(metrics[key], 0) for key in ("cross_coherence", "self_coherence")
     }
     assert abs(metrics["joint_entropy"] - math.log(10)) < 0.01
@@ -503,10 +513,9 @@ def test_likelihoods_in_blocks_are_those_of_all_samples(monkeypatch):
     monkeypatch.setattr(evaluation, "log_likelihood", counting)
     found = evaluation.log_likelihoods(Perfect(SHAPES), toy())["log_likelihood"]
     assert sum(counts()) == 5 * 100 * 1000
-    mean_w = (341**2 + 341**2 + 318**2) / 1000  # blocks of 2^20 / 3072 samples
-    assert found["svhn"] == pytest.approx(math.log(mean_w))
-    assert found["mnist"] == pytest.approx(math.log(1000))
-    assert counts().count(1000) == 100 + 100  # 2^20 / (1000 * 784): one example of mnist at a time
+    # Tenths of 100 samples, three examples of svhn at a time: 2^20 / (100 * 3072)
+    assert found["svhn"] == found["mnist"] == pytest.approx(math.log(100))
+    assert counts().count(1300) == 10 * 2 * 7  # of mnist 13: 7 times 13 and 9 are 100
 
     class Large(Perfect):
         def decode(self, z):
@@ -542,21 +551,21 @@ def asked(examples=5, **options):
     """The calls of log_likelihood for a model of three bands, by their initials.
     -> {name: (target, given)}, {name: nats}"""
     dataset, calls = toy("mnist-split3", n=14), []
-    first = dataset.test[torch.arange(min(examples, 7))]
+    first = dataset.test[npz.spread(7, examples)]
 
     def initials(xs):
         assert all(x is None or torch.equal(x, all_) for x, all_ in zip(xs, first))
         return "".join(letter for letter, x in zip("TMB", xs) if x is not None)
 
     def log_likelihood(model, xs, samples, given=None):
-        assert samples == 2
+        assert samples == 1
         calls.append((initials(xs), given and initials(given)))
         return -10.0 * len(calls) - torch.arange(len(first[0])).float()
 
     model = Perfect([x.shape[1:] for x in dataset.test.bases])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "log_likelihood", log_likelihood)
-        found = evaluation.log_likelihoods(model, dataset, examples, samples=2, **options)
+        found = evaluation.log_likelihoods(model, dataset, examples, samples=1, **options)
     return dict(zip(found["log_likelihood"], calls, strict=True)), found["log_likelihood"]
 
 
@@ -615,7 +624,7 @@ def test_each_data_set_gets_its_metrics_with_the_options(monkeypatch):
     assert calls["latent_accuracy"][:-1] == (pairs,)
     assert calls["log_likelihoods"][:-1] == (pairs, 100, 1000, None)
     found = metrics(pairs, oracles, 7, 8, 9, priors=("svhn",))
-    assert "joint_coherence" not in found and found["disagreement"] == {"coherence disagreement": 1}
+    assert "joint_coherence" in found
     assert calls["log_likelihoods"][:-1] == (pairs, 7, 8, ("svhn",))
     torch.manual_seed(9)
     assert calls["coherence"][-1] == torch.rand(1).item()
@@ -639,8 +648,8 @@ def test_birds_are_correlated_and_spectra_ranked_only(monkeypatch):
     birds = toy()._replace(name="cub")
     found = evaluation.evaluate(model, birds, {}, root="there")
     assert found == evaluation.correlations(fit, judged) and asked == [(model, birds, "there")]
-    found = evaluation.evaluate(model, birds, {}, priors=())
-    assert list(found["correlation"]) == ["truth"] and asked[1][2] == "./data"
+    evaluation.evaluate(model, birds, {}, priors=())
+    assert asked[1][2] == "./data"
     monkeypatch.setattr("benchmarks.spectra.evaluate", lambda *xs: xs)
     named = toy()._replace(name="spectra")
     assert evaluation.evaluate(model, named, {}, 1, 2, 3, "there") == (model, named, "there", 3)
@@ -673,7 +682,7 @@ def test_a_bernoulli_of_greys_is_a_pseudo_likelihood():
         (1, "split", [[True, False], [False, True]], ("mnist", "svhn")),
     ],
 )
-def test_metrics_of_an_untrained_prior_are_left_out(paired, unpaired, mask, trained, monkeypatch):
+def test_likelihoods_of_an_untrained_prior_are_left_out(paired, unpaired, mask, trained, monkeypatch):
     monkeypatch.setattr(evaluation, "log_likelihood", stub_likelihood)
     dataset, args = toy(n=20), dict(paired=paired, unpaired=unpaired)
     dataset = dataset._replace(mask=None if mask is None else torch.tensor(mask))
@@ -687,7 +696,8 @@ def test_metrics_of_an_untrained_prior_are_left_out(paired, unpaired, mask, trai
     joint = ["mnist,svhn"] if trained == every else []
     known = [*trained, *joint, "mnist|svhn", "svhn|mnist"]
     assert list(metrics["log_likelihood"]) == known
-    assert ("joint_coherence" in metrics) == bool(joint) and "cross_coherence" in metrics
+    assert list(metrics["log_likelihood_rise"]) == known
+    assert {"joint_coherence", "aggregate_coherence", "cross_coherence"} <= set(metrics)
 
 
 # ----------------------------------------------------------------------------- the command, figures
