@@ -162,7 +162,8 @@ from pathlib import Path
 import data
 
 # --resume may change these; every other setting is the run's
-FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "dataset", "data", "out", "resume"}
+FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
+FREE |= {"out", "resume"}
 
 LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
 
@@ -190,6 +191,7 @@ def parse_args(argv=None, saved=None):
     flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
+    flag("--decay", type=float, default=0.0, help="part of the epochs, the last, with a falling rate")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
     flag("--latent-dim", type=int, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")
@@ -213,6 +215,8 @@ def parse_args(argv=None, saved=None):
             p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
     if args.clip is not None and args.clip < 0:
         p.error(f"--clip must not be negative, not {args.clip}")
+    if not 0 <= args.decay <= 1:
+        p.error(f"--decay must be from 0 to 1, not {args.decay}")
     out = args.out or os.path.join("runs", run_name(p, args))
     if saved:
         kept = saved.keys() - {"device", "out", "resume"}
@@ -344,6 +348,9 @@ def main(argv=None):
         order = torch.Generator().manual_seed(seed)  # batches: the same on every rank
         if hasattr(model, "start_epoch"):
             model.start_epoch(epoch)
+        if args.decay:  # the learning rate falls linearly, towards 0
+            left = (args.epochs + 1 - epoch) / (args.decay * args.epochs)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, left)
         losses, total, epoch_started, tick = [], 0.0, time.perf_counter(), 0.0
         batches = data.batches(train, streams, args.batch_size, args.sampling, order, rank, world)
         for step, batch in enumerate(batches, 1):

@@ -294,6 +294,12 @@ REGULARISED_TO = {  # number of modalities -> subset: the p of its KL(q(z|subset
     3: {(0, 1, 2): PAIRS}  # Eq. (29)
     | dict.fromkeys(PAIRS, [*SINGLES, PRIOR])  # Eq. (30)
     | dict.fromkeys(SINGLES, [PRIOR]),  # Eq. (31)
+    4: {(0, 1, 2, 3): list(itertools.combinations(range(4), 3))}  # ours: the mean of these KLs
+    | dict.fromkeys(
+        [s for size in (2, 3) for s in itertools.combinations(range(4), size)],
+        [*SINGLES, (3,), PRIOR],
+    )
+    | dict.fromkeys([*SINGLES, (3,)], [PRIOR]),
 }
 
 
@@ -310,8 +316,9 @@ def sum_of_bounds(model, xs, noise, posteriors, objective, **options):
             for b in range(B):
                 z = draw(q_s[b], eps[b])
                 total += sum(log_p(model, m, xs[m][b], z) for m in subset) / B
-                for other in REGULARISED_TO[len(xs)][subset]:
-                    total -= sum(kl_divergence(q_s[b], p[b]) for p in q.get(other, [])) / B
+                others = [p[b] for other in REGULARISED_TO[len(xs)][subset] for p in q.get(other, [])]
+                kl = sum(kl_divergence(q_s[b], p) for p in others)
+                total -= kl / B / (len(others) if len(xs) > 3 else 1)
     return total
 
 
@@ -341,6 +348,31 @@ def test_svae_is_the_sum_of_the_printed_bounds(float64, options, count):
 def test_vaevae_is_the_sum_of_the_printed_bounds(float64, options, count):
     options = dict(objective="vaevae") | options
     holds_of_all_patterns(sum_of_bounds, "vaevae", count, options, posteriors=vaevae_posteriors)
+
+
+@pytest.mark.parametrize("name, options", [("svae", {}), ("vaevae", {"variant": "a"})])
+def test_beyond_three_modalities_it_is_the_mean_of_the_kls(float64, name, options):
+    posteriors = svae_posteriors if name == "svae" else vaevae_posteriors
+    model, xs = linear_model(name, (2,) * 4, **options), list(torch.randn(4, B, 2))
+    for seen in ([2], [0, 3], [0, 1, 3], [0, 1, 2, 3]):
+        shown = only(xs, *seen)
+        holds(sum_of_bounds, model, shown, posteriors=posteriors, objective=name, **options)
+
+
+@pytest.mark.parametrize("name, options", [("svae", {}), ("vaevae", {"variant": "a"})])
+def test_random_terms_have_the_mean_of_all(float64, name, options, monkeypatch):
+    every, xs = linear_model(name, (2,) * 4, **options), list(torch.randn(4, B, 2))
+    some = linear_model(name, (2,) * 4, subsets=5, **options)
+    some.load_state_dict(every.state_dict())
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    for seen in ([0, 1, 2, 3], [0, 1, 3]):
+        shown, found = only(xs, *seen), []
+        terms = 2 ** len(seen) - 1 - (len(seen) if name == "vaevae" else 0)
+        for k in range(terms):  # every term is drawn equally often
+            monkeypatch.setattr(torch, "randperm", lambda n, k=k: torch.arange(n).roll(k))
+            found.append(some.objective(*shown))
+        assert_close(torch.stack(found).mean(), every.objective(*shown))
+        assert terms <= 5 or len({round(value.item(), 6) for value in found}) > 1
 
 
 # -------------------------------------------------------------------------------------------- MMVAE
@@ -698,12 +730,12 @@ def test_bounds_at_exact_posteriors_are_the_evidences():
     orthogonal(model)
     for i, j in itertools.product(range(2), repeat=2):  # p(z) is shared out: half to each expert
         exact(model.encoders[i][j], model.decoders[j] if i == j else None, 0.5)
-    q = model.encode(xs)
+    q = model.encode(xs, svae.all_subsets([0, 1]))
     equals(sum(model.bound(s, xs, q) for s in q), 2 * evidence(model, both))  # Eq. (23)
     model = exact_model("vaevae", 1, variant="a")
     mu, logvar = vaevae.product([encode(x) for encode, x in zip(model.encoders, xs)])
     precision = torch.exp(-logvar) - 1  # q(z|x_1) q(z|x_2) has the prior twice
-    q = model.encode(xs) | {(0, 1): [(mu * torch.exp(-logvar) / precision, -precision.log())]}
+    q = model.encode(xs, vaevae.all_subsets([0, 1])) | {(0, 1): [(mu * torch.exp(-logvar) / precision, -precision.log())]}
     alone = sum(evidence(model, {m: both[m]}) for m in both)  # both conditional evidences:
     equals(model.bound((0, 1), xs, q), 2 * evidence(model, both) - alone)
 
@@ -1065,8 +1097,8 @@ mvae    npz            -  128  1e-3   20
 OPTIONS = {
     "meme": dict(samples=10, kl="closed", classifier_scale=10.0, full_gradient=False,
                  direction=None, pseudo_samples=128, explicit="mixture"),
-    "svae": dict(objective="svae", prior_expert=False, experts="bounded"),  # eq. (19)
-    "vaevae": dict(objective="vaevae", variant="b"),
+    "svae": dict(objective="svae", prior_expert=False, experts="bounded", subsets=0),  # eq. (19)
+    "vaevae": dict(objective="vaevae", variant="b", subsets=0),
     "mmvae": dict(objective="iwae", samples=10, tight=False, posterior="normal"),
     "mvae": dict(subsets=0, anneal=0, experts="bounded"),
 }  # fmt: skip

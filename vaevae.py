@@ -52,16 +52,26 @@ def product(gaussians):
     return mu, -precision.log()
 
 
+def all_subsets(seen):
+    """Every non-empty subset of the modalities `seen`, small ones first."""
+    sizes = range(1, len(seen) + 1)
+    return [subset for size in sizes for subset in itertools.combinations(seen, size)]
+
+
 class VAEVAE(nn.Module):
     """objective: "vaevae", or "svae", with L(x_1) + L(x_2) on complete examples (VAEVAE*, eq. 19);
-    variant: "b", a network per subset, or "a", the product of the unimodal ones."""
+    variant: "b", a network per subset, or "a", the product of the unimodal ones; subsets: for
+    four modalities or more, which the paper does not have: so many terms of the objective per step,
+    drawn at random, instead of all 2^M - 1, with the same expectation; 0: all."""
 
-    def __init__(self, modalities, latent_dim, *, objective="vaevae", variant="b"):
+    def __init__(self, modalities, latent_dim, *, objective="vaevae", variant="b", subsets=0):
         super().__init__()
         if objective not in ("svae", "vaevae") or variant not in ("a", "b"):
             raise ValueError("objective must be svae or vaevae, variant a or b")
+        if subsets < 0:
+            raise ValueError("subsets must be 0 or more")
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.objective_name, self.variant = objective, variant
+        self.objective_name, self.variant, self.subsets = objective, variant, subsets
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q(z|x_m)
         self.joints = nn.ModuleDict()  # q(z|x_i, x_j, ...), the key is the subset
         for size in range(2, len(modalities) + 1) if variant == "b" else ():
@@ -70,17 +80,17 @@ class VAEVAE(nn.Module):
         self.decoders = nn.ModuleList(m.decoder(latent_dim) for m in modalities)  # p(x_m|z)
         self.register_buffer("zero", torch.zeros(latent_dim))
 
-    def encode(self, xs):
-        """The posteriors of all subsets of the observed modalities. -> {subset: [(mu, logvar)]}"""
-        every = range(len(self.modalities))
-        seen = [m for m, x in zip(every, xs, strict=True) if x is not None]
-        q = {(m,): [self.encoders[m](xs[m])] for m in seen}
-        for size in range(2, len(seen) + 1):
-            for subset in itertools.combinations(seen, size):
-                if self.variant == "b":
-                    q[subset] = [self.joints[str(subset)]([xs[m] for m in subset])]
-                else:
-                    q[subset] = [product([q[m,][0] for m in subset])]
+    def encode(self, xs, subsets):
+        """The posteriors of these subsets of the observed modalities. -> {subset: [(mu, logvar)]}"""
+        joints = self.variant == "b"
+        alone = {m for subset in subsets for m in subset if len(subset) == 1 or not joints}
+        each = enumerate(zip(self.encoders, xs, strict=True))
+        q = {(m,): [encode(x)] for m, (encode, x) in each if m in alone}
+        for subset in subsets:
+            if len(subset) > 1 and joints:
+                q[subset] = [self.joints[str(subset)]([xs[m] for m in subset])]
+            elif len(subset) > 1:
+                q[subset] = [product([q[m,][0] for m in subset])]
         return q
 
     def log_p(self, m, z, x):
@@ -88,32 +98,45 @@ class VAEVAE(nn.Module):
         modality = self.modalities[m]
         return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
 
+    def regularisers(self, subset, seen):
+        """The subsets of the observed modalities towards whose posteriors that of `subset` is
+        regularised, beside p(z)."""
+        if len(subset) == 1:
+            return []  # p(z) alone. Eq. (20), (21), (31)
+        if len(subset) == len(self.modalities):  # Eq. (19), its joint part; eq. (29) for M = 3
+            return list(itertools.combinations(subset, len(subset) - 1))
+        return [(k,) for k in seen]  # and p(z). Eq. (30), for the observed x_k
+
     def bound(self, subset, xs, q):
         """The term of `subset`: E_q[Σ log p] minus the KLs to the distributions that q is regularised
         towards. M = 2, both observed: KL(q12 || q1) + KL(q12 || q2). -> (B,), nats"""
         seen = [m for m, x in enumerate(xs) if x is not None]
-        if len(subset) == 1:
-            priors = [(self.zero, self.zero)]  # Eq. (20), (21), (31)
-        elif len(subset) == len(xs):  # Eq. (19), its joint part; eq. (29) for M = 3
-            smaller = itertools.combinations(subset, len(subset) - 1)
-            priors = [gaussian for s in smaller for gaussian in q[s]]
-        else:  # Eq. (30), for the observed x_k
-            priors = [gaussian for k in seen for gaussian in q[k,]] + [(self.zero, self.zero)]
+        priors = [gaussian for s in self.regularisers(subset, seen) for gaussian in q[s]]
+        if len(subset) == 1 or len(subset) < len(xs):
+            priors.append((self.zero, self.zero))  # p(z)
         total = 0
         for mu, logvar in q[subset]:
             z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
             log_p = sum(self.log_p(m, z, xs[m]) for m in subset)
-            total = total + log_p - sum(kl_normal(mu, logvar, *prior) for prior in priors)
+            kl = sum(kl_normal(mu, logvar, *prior) for prior in priors)
+            if len(xs) > 3:  # the paper ends at 3. The sum, up to M + 1 KLs, leaves z uninformed
+                kl = kl / len(priors)
+            total = total + log_p - kl
         return total
 
     def objective(self, *xs):
         """The objective of examples of one pattern, to be maximised: mean over the batch, nats, scalar."""
-        q = self.encode(xs)
-        seen = sum(x is not None for x in xs)
-        terms = list(q)
-        if self.objective_name == "vaevae" and seen > 1:  # no marginal bounds
-            terms = [subset for subset in q if len(subset) > 1]
-        return sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
+        seen = [m for m, x in enumerate(xs) if x is not None]
+        terms = needed = all_subsets(seen)
+        if self.objective_name == "vaevae" and len(seen) > 1:  # no marginal bounds
+            terms = [subset for subset in terms if len(subset) > 1]
+        every = len(terms)
+        if len(xs) > 3 and 0 < self.subsets < every:
+            terms = [terms[k] for k in torch.randperm(every)[: self.subsets]]
+            needed = dict.fromkeys(s for t in terms for s in (t, *self.regularisers(t, seen)))
+        q = self.encode(xs, needed)
+        total = sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
+        return total * (every / len(terms))  # of some terms the expectation is that of all
 
     def forward(self, streams):
         """The loss of each stream (weight, xs): -weight * objective; in sum eq. (22). -> (S,)"""
@@ -139,7 +162,7 @@ class VAEVAE(nn.Module):
     def posterior(self, *xs):
         """q(z|observed). Batch (B,), event (L,)."""
         seen = tuple(m for m, x in enumerate(xs) if x is not None)
-        return normal(*self.encode(xs)[seen][0])
+        return normal(*self.encode(xs, [seen])[seen][0])
 
     def prior(self, *xs):
         """p(z) = N(0, I) for all xs, event (L,)."""
@@ -157,6 +180,7 @@ def options(flag):
     """The flags of this model: the keyword arguments of its constructor, which have the defaults."""
     flag("--objective", choices=["vaevae", "svae"], help="svae: VAEVAE*, with L(x_m) on pairs")
     flag("--variant", choices=["b", "a"], help="b: a network per subset; a: a product of encoders")
+    flag("--subsets", type=int, help="random terms per step, for four modalities or more; 0: all")
 
 
 # ----------------------------------------------------- the training loop, identical in five scripts
@@ -171,7 +195,8 @@ from pathlib import Path
 import data
 
 # --resume may change these; every other setting is the run's
-FREE = {"epochs", "lr", "clip", "device", "amp", "compile", "dataset", "data", "out", "resume"}
+FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
+FREE |= {"out", "resume"}
 
 LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
 
@@ -199,6 +224,7 @@ def parse_args(argv=None, saved=None):
     flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
+    flag("--decay", type=float, default=0.0, help="part of the epochs, the last, with a falling rate")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
     flag("--latent-dim", type=int, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")
@@ -222,6 +248,8 @@ def parse_args(argv=None, saved=None):
             p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
     if args.clip is not None and args.clip < 0:
         p.error(f"--clip must not be negative, not {args.clip}")
+    if not 0 <= args.decay <= 1:
+        p.error(f"--decay must be from 0 to 1, not {args.decay}")
     out = args.out or os.path.join("runs", run_name(p, args))
     if saved:
         kept = saved.keys() - {"device", "out", "resume"}
@@ -353,6 +381,9 @@ def main(argv=None):
         order = torch.Generator().manual_seed(seed)  # batches: the same on every rank
         if hasattr(model, "start_epoch"):
             model.start_epoch(epoch)
+        if args.decay:  # the learning rate falls linearly, towards 0
+            left = (args.epochs + 1 - epoch) / (args.decay * args.epochs)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, left)
         losses, total, epoch_started, tick = [], 0.0, time.perf_counter(), 0.0
         batches = data.batches(train, streams, args.batch_size, args.sampling, order, rank, world)
         for step, batch in enumerate(batches, 1):

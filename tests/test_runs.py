@@ -66,7 +66,7 @@ OPTIONS = {
     "mvae": dict(anneal=2),
 }
 FLAGS = dict(paired=0.5, unpaired="split", sampling="natural", batch_size=64, epochs=3, seed=7)
-FLAGS |= dict(lr=3e-3, clip=20, latent_dim=3, weights="2,0.5")
+FLAGS |= dict(lr=3e-3, decay=0.5, clip=20, latent_dim=3, weights="2,0.5")
 
 
 @pytest.fixture
@@ -125,6 +125,7 @@ def plain_loop(script, path, world=1):
             batches.append(data.batches(dataset.train, streams, 64, "natural", order, rank, world))
             if script == "mvae":
                 replica.start_epoch(epoch)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1, 1, 2 / 3)[epoch - 1]  # the last 1.5 of 3
         for steps, step in enumerate(zip(*batches, strict=True), 1):
             for replica in ranks[1:]:  # weights, and rank 0's BatchNorm statistics
                 replica.load_state_dict(model.state_dict())
@@ -541,7 +542,7 @@ def test_resume_keeps_all_but_a_few_settings(arrays, tmp_path, capsys):
             said = sentence(capsys)
             assert action.option_strings[0] in said and str(old) in said and "--resume" in said
     # a moved .npz is found by --dataset, its contents are checked
-    changed = {"epochs", "lr", "clip", "device", "amp", "compile", "dataset", "data"}
+    changed = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
     assert taken == changed
     elsewhere = saved | dict(device="cuda:3", lr=0.5, data="/other", epochs=7, kl="sample")
     _, args = meme.parse_args(flags, elsewhere)
