@@ -28,7 +28,7 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20, samples=30),
     "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64, samples=50),
     "spectra": dict(epochs=140, batch_size=128, lr=1e-4, latent_dim=300),
-    "npz": dict(batch_size=128, lr=1e-3, latent_dim=20, samples=3),
+    "npz": dict(batch_size=128, lr=1e-3, decay=0.3, latent_dim=20, samples=3),
 }
 DEFAULTS["mnist-svhn"] |= dict(weights=f"{3072 / 784},1")  # as if MNIST had as many values as SVHN
 
@@ -165,7 +165,7 @@ import data
 FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
 FREE |= {"out", "resume"}
 
-LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
+LEAST_EPOCHS, LEAST_STEPS = 100, 1500  # of a path.npz, where --epochs is not given
 
 
 def parse_args(argv=None, saved=None):

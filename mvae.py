@@ -26,7 +26,7 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=100, batch_size=100, lr=1e-3, latent_dim=20),
     "cub": dict(epochs=300, batch_size=100, lr=1e-3, latent_dim=64),
     "spectra": dict(epochs=140, batch_size=100, lr=1e-4, latent_dim=300),
-    "npz": dict(batch_size=128, lr=1e-3, latent_dim=20),
+    "npz": dict(batch_size=128, lr=3e-3, decay=0.3, latent_dim=20, anneal=25),
 }
 
 
@@ -150,7 +150,7 @@ import data
 FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
 FREE |= {"out", "resume"}
 
-LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
+LEAST_EPOCHS, LEAST_STEPS = 100, 1500  # of a path.npz, where --epochs is not given
 
 
 def parse_args(argv=None, saved=None):

@@ -1064,35 +1064,35 @@ meme    mnist-split3 100  128  5e-4   64
 meme    mnist-svhn   100  128  5e-4   20
 meme    cub          300  128  1e-4   64  clip=1000.0
 meme    spectra      140  128  1e-4  300
-meme    npz            -  128  1e-3   20  samples=3
+meme    npz            -  128  3e-3   20  samples=3 decay=0.3
 svae    glyphs         5   64  1e-3   20  unpaired=all sampling=balanced experts=exact
 svae    mnist-split  200  100  2e-4   64  unpaired=all sampling=balanced experts=exact
 svae    mnist-split3  50  100  2e-4   64  unpaired=all sampling=balanced
 svae    mnist-svhn    50  256  1e-4   20  unpaired=all sampling=balanced
 svae    cub          200  100  1e-4   64  unpaired=all sampling=balanced
 svae    spectra      140  100  1e-4  300  unpaired=all sampling=balanced
-svae    npz            -  128  1e-3   20  unpaired=all sampling=natural
+svae    npz            -  128  1e-3   20  unpaired=all sampling=natural decay=0.3 subsets=2
 vaevae  glyphs         5   64  1e-3   20  unpaired=all sampling=balanced
 vaevae  mnist-split  200  100  2e-4   64  unpaired=all sampling=balanced
 vaevae  mnist-split3  50  100  2e-4   64  unpaired=all sampling=balanced
 vaevae  mnist-svhn    50  256  1e-3   20  unpaired=all sampling=balanced
 vaevae  cub          200  100  1e-4   64  unpaired=all sampling=balanced
 vaevae  spectra      140  100  1e-4  300  unpaired=all sampling=balanced
-vaevae  npz            -  128  1e-3   20  unpaired=all sampling=natural
+vaevae  npz            -  128  1e-3   20  unpaired=all sampling=natural decay=0.3 subsets=4
 mmvae   glyphs         5   64  1e-3   20  samples=3
 mmvae   mnist-split  100  128  1e-3   64
 mmvae   mnist-split3  50  128  1e-3   64
 mmvae   mnist-svhn    30  128  1e-3   20  samples=30 weights=3.9183673469387754,1
 mmvae   cub           50   64  1e-3   64  samples=50
 mmvae   spectra      140  128  1e-4  300
-mmvae   npz            -  128  1e-3   20  samples=3
+mmvae   npz            -  128  1e-3   20  samples=3 decay=0.3
 mvae    glyphs         5   64  1e-3   20  experts=exact
 mvae    mnist-split  200  100  1e-3   64
 mvae    mnist-split3  50  100  1e-3   64
 mvae    mnist-svhn   100  100  1e-3   20
 mvae    cub          300  100  1e-3   64
 mvae    spectra      140  100  1e-4  300
-mvae    npz            -  128  1e-3   20
+mvae    npz            -  128  3e-3   20  decay=0.3 anneal=25
 """
 OPTIONS = {
     "meme": dict(samples=10, kl="closed", classifier_scale=10.0, full_gradient=False,
@@ -1115,7 +1115,7 @@ def test_defaults_are_the_settings_of_the_papers(name):
         if script == name:
             expected[dataset] = row
     numbers = {"epochs": int, "batch_size": int, "lr": float, "latent_dim": int, "samples": int,
-               "clip": float}  # fmt: skip
+               "clip": float, "decay": float, "subsets": int, "anneal": int}  # fmt: skip
     for row in expected.values():
         row |= {key: numbers[key](row[key]) for key in row.keys() & numbers.keys()}
     assert SCRIPTS[name].DEFAULTS == expected

@@ -28,7 +28,9 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=50, batch_size=256, lr=1e-3, latent_dim=20),
     "cub": dict(epochs=200, batch_size=100, lr=1e-4, latent_dim=64),
     "spectra": dict(epochs=140, batch_size=100, lr=1e-4, latent_dim=300),
-    "npz": dict(batch_size=128, lr=1e-3, latent_dim=20, sampling="natural"),
+    "npz": dict(
+        batch_size=128, lr=1e-3, decay=0.3, latent_dim=20, sampling="natural", subsets=4
+    ),
 }
 STREAMS = dict(unpaired="all", sampling="balanced")  # as the paper's code trains
 DEFAULTS = {name: STREAMS | row for name, row in DEFAULTS.items()}
@@ -198,7 +200,7 @@ import data
 FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
 FREE |= {"out", "resume"}
 
-LEAST_EPOCHS, LEAST_STEPS = 50, 1500  # of a path.npz, where --epochs is not given
+LEAST_EPOCHS, LEAST_STEPS = 100, 1500  # of a path.npz, where --epochs is not given
 
 
 def parse_args(argv=None, saved=None):

@@ -247,9 +247,9 @@ def test_a_run_says_what_each_array_was_taken_for(arrays, tmp_path, capsys):
     assert lines[2].startswith("1: bits (4), bernoulli; --likelihoods changes it")
 
 
-def test_small_tables_get_1500_steps_and_large_ones_50_epochs(arrays, tmp_path, monkeypatch):
+def test_small_tables_get_1500_steps_and_large_ones_100_epochs(arrays, tmp_path, monkeypatch):
     for script in SCRIPTS.values():
-        assert (script.LEAST_EPOCHS, script.LEAST_STEPS) == (50, 1500)
+        assert (script.LEAST_EPOCHS, script.LEAST_STEPS) == (100, 1500)
     for least, rows in ((30, 32), (4, 96)):
         monkeypatch.setattr(mvae, "LEAST_STEPS", least)
         monkeypatch.setattr(mvae, "LEAST_EPOCHS", 3)
