@@ -421,8 +421,10 @@ def log_px_z(model, xs):
     """The objective of some examples, and the mean log p(x_m|z) of each modality, unweighted, at
     one z ~ q(z|xs), in nats. -> objective, {"log_p_NAME": number}; NaN for a missing modality"""
     model.eval()
-    objective = model.objective(*xs).item()
-    z, log_px = model.posterior(*xs).sample(), {}
+    objective, log_px = model.objective(*xs).item(), {}
+    if not math.isfinite(objective):  # such a posterior may have no samples
+        return objective, log_px
+    z = model.posterior(*xs).sample()
     for m, decode, x in zip(model.modalities, model.decoders, xs):
         log_p = math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item()
         log_px[f"log_p_{m.name}"] = log_p

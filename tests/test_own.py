@@ -460,7 +460,7 @@ def test_a_linear_relation_is_found_as_by_least_squares(tmp_path):
         arrays[f"{part}_x"] = 300 * x + 1000
         arrays[f"{part}_y"] = 1e-3 * (x @ weights + rng.normal(size=(n, 3)))
     np.savez(tmp_path / "own.npz", **arrays)
-    flags = dict(epochs=40, latent_dim=4, lr=1e-3, batch_size=128)
+    flags = dict(epochs=50, latent_dim=4, lr=1e-3, batch_size=128)
     train("vaevae", dataset=tmp_path / "own.npz", out=tmp_path / "run", **flags)
     evaluate(tmp_path / "run", "--no-likelihoods")
     xs = [np.hstack([arrays[f"{part}_x"], np.ones((n, 1))]) for part, n in PARTS]

@@ -507,7 +507,7 @@ def test_a_run_in_parts_is_a_run_in_one(script, arrays, tmp_path):
 
 
 def test_resume_takes_the_new_learning_rate(arrays, tmp_path):
-    flags = dict(dataset=arrays, batch_size=32, out=tmp_path / "run")
+    flags = dict(dataset=arrays, batch_size=32, anneal=0, out=tmp_path / "run")
     train("mvae", **flags, epochs=1)
     before = weights(tmp_path / "run")
     train("mvae", **flags, epochs=2, lr=1e-30, resume=True)
@@ -527,6 +527,8 @@ def test_resume_keeps_all_but_a_few_settings(arrays, tmp_path, capsys):
     for action in p._actions[1:]:
         old = saved[action.dest]
         value = ["1"] if old is None or isinstance(old, str) else [str(old + 1)]
+        if action.dest == "decay":
+            value = ["1"]
         if action.choices:
             value = [next(c for c in action.choices if c != old)]
         if isinstance(old, bool):
@@ -637,6 +639,7 @@ MISTAKES = [
     ("--unpaired nope", "--unpaired must be one of split, all, rest, none, 0, 1"),
     ("--sampling nope", "--sampling"), ("--epochs 0", "--epochs must be above 0"),
     ("--epochs 1.5", "--epochs"), ("--lr inf", "--lr"), ("--lr -1", "--lr"),
+    ("--decay 2", "--decay must be from 0 to 1"), ("--decay nan", "--decay"),
     ("--batch-size 0", "--batch-size"), ("--latent-dim 0", "--latent-dim"),
     ("--limit 0", "--limit"), ("--weights 1,x", "x"), ("--weights 1,-1", "not negative"),
     ("--weights 1", "--weights needs one for each of 0, 1"),
