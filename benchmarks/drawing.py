@@ -405,6 +405,9 @@ def curves(lines, heading, path, xlabel="paired fraction f"):
             ax.plot(x, mean, style, color=colour, ms=4, label=text)
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.ticklabel_format(useOffset=False)
+        low, high = ax.get_ylim()
+        if high - low < 0.01:  # the same number, but for rounding
+            ax.set_ylim((low + high) / 2 - 0.005, (low + high) / 2 + 0.005)
         ax.set(xscale="log", xlabel=xlabel, ylabel=metric.replace("\\", ""))
         ax.set_xticks(ticks, [fraction(tick) for tick in ticks])
         ax.minorticks_off()

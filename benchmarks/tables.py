@@ -144,7 +144,8 @@ def setting(result):
     """The flags that runs in one row have in common: all that are set, without the seed and the
     place of the run, and the epochs that were trained. -> dict"""
     free = ("seed", "out", "data", "device", "amp", "compile", "resume", "options")
-    flags = result["run"] | {"epoch": result["epoch"]}
+    later = {"decay": 0.0, "subsets": 0, "digest": ""}  # flags that earlier results do not have
+    flags = later | result["run"] | {"epoch": result["epoch"]}
     return {key: value for key, value in flags.items() if key not in free and value is not None}
 
 
@@ -177,7 +178,7 @@ def in_order(groups):
 def row_names(groups, hidden=("paired", "unpaired", "epoch")):
     """The model of each group and the flags in which a model's groups differ: MEME kl=sample.
     hidden: flags that have columns of their own."""
-    hidden = {*hidden, "epochs", "spec", "examples", "note"}
+    hidden = {*hidden, "epochs", "spec", "examples", "note", "digest"}
     settings, names = [setting(group[0]) for group in groups], []
     for own in settings:
         rivals = [other for other in settings if starred(other) == starred(own)]
