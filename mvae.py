@@ -176,7 +176,7 @@ def parse_args(argv=None, saved=None):
     flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
-    flag("--decay", type=float, default=0.0, help="part of the epochs, the last, with a falling rate")
+    flag("--decay", type=float, default=0.0, help="share of epochs, at the end, with a falling lr")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
     flag("--latent-dim", type=int, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")

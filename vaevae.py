@@ -102,19 +102,19 @@ class VAEVAE(nn.Module):
 
     def regularisers(self, subset, seen):
         """The subsets of the observed modalities towards whose posteriors that of `subset` is
-        regularised, beside p(z)."""
+        regularised; all but the largest also towards p(z)."""
         if len(subset) == 1:
-            return []  # p(z) alone. Eq. (20), (21), (31)
+            return []  # Eq. (20), (21), (31)
         if len(subset) == len(self.modalities):  # Eq. (19), its joint part; eq. (29) for M = 3
             return list(itertools.combinations(subset, len(subset) - 1))
-        return [(k,) for k in seen]  # and p(z). Eq. (30), for the observed x_k
+        return [(k,) for k in seen]  # Eq. (30), for the observed x_k
 
     def bound(self, subset, xs, q):
         """The term of `subset`: E_q[Σ log p] minus the KLs to the distributions that q is regularised
         towards. M = 2, both observed: KL(q12 || q1) + KL(q12 || q2). -> (B,), nats"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         priors = [gaussian for s in self.regularisers(subset, seen) for gaussian in q[s]]
-        if len(subset) == 1 or len(subset) < len(xs):
+        if len(subset) < len(xs):
             priors.append((self.zero, self.zero))  # p(z)
         total = 0
         for mu, logvar in q[subset]:
@@ -226,7 +226,7 @@ def parse_args(argv=None, saved=None):
     flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
     flag("--batch-size", type=int, help="examples per step, over all processes")
     flag("--lr", type=float, help="learning rate of Adam")
-    flag("--decay", type=float, default=0.0, help="part of the epochs, the last, with a falling rate")
+    flag("--decay", type=float, default=0.0, help="share of epochs, at the end, with a falling lr")
     flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
     flag("--latent-dim", type=int, help="dimensions of the latent variable z")
     flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")

@@ -5,8 +5,9 @@ run. All that is judged, drawn or filled in is, for a modality x_m given the mod
 
     E[x_m|shown] = E_p(z|shown) E[x_m|z],    the mean over 50 samples of z
 
-These are samples of q(z|shown), corrected where that is possible (`corrected_samples`). NaN is a missing entry of a table: it is not
-scored, and it is filled in. Intervals of filled numbers and counts are split conformal.
+These are samples of q(z|shown), corrected where that is possible (`corrected_samples`). NaN is a
+missing entry of a table: it is not scored, and it is filled in. Intervals of filled numbers and
+counts are split conformal.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities.
 """
@@ -69,7 +70,7 @@ def corrected_samples(model, xs, draws):
     parts = zip(model.modalities, model.decoders, xs)
     log_p = sum(nets.log_prob(m, decode(z), x) for m, decode, x in parts if x is not None)
     w = (log_p + model.prior(*xs).log_prob(z) - q.log_prob(z)).softmax(0)  # (K, B)
-    w[:, 1 / (w**2).sum(0) < FEWEST] = 1
+    w[:, ~(1 / (w**2).sum(0) >= FEWEST)] = 1  # also where they are no numbers
     k = torch.multinomial(w.T, draws, replacement=True).T  # (draws, B)
     return z.gather(0, k[..., None].expand(-1, -1, z.shape[-1]))
 
