@@ -1,7 +1,7 @@
 """How well the five scripts fill in tables of one's own: the numbers of docs/own.md.
 
-    python docs/own.py FOLDER/*.npz --seeds 0 1 2     trains, appends to results/own.jsonl
-    python docs/own.py                                prints the tables of results/own.jsonl
+    python docs/own.py FOLDER/*.npz --seeds 0 1 2     trains, appends to docs/own.jsonl
+    python docs/own.py                                prints the tables of docs/own.jsonl
 
 Each .npz has train_mask. Of the test rows every modality is filled in from all others: R² averaged
 over features, for classes and bits the share of right ones; cover: the share of true numbers and
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS, RESULTS = ("meme", "svae", "vaevae", "mmvae", "mvae"), ROOT / "results" / "own.jsonl"
+SCRIPTS, RESULTS = ("meme", "svae", "vaevae", "mmvae", "mvae"), ROOT / "docs" / "own.jsonl"
 
 
 def call(script, *flags):
@@ -43,7 +43,7 @@ def score(truth, guess):
 
 
 def measure(path, script, seed, flags):
-    """-> a line of results/own.jsonl"""
+    """-> a line of docs/own.jsonl"""
     arrays = dict(np.load(path))
     test = {key[5:]: x for key, x in arrays.items() if key.startswith("test_")}
     names = [name for name in test if name not in ("labels", "mask")]
