@@ -382,13 +382,7 @@ def log_likelihood(model, xs, samples=1000, given=None):
         known = [g if x is None else x for x, g in zip(xs, given)]
         q, p = model.posterior(*known), model.posterior(*given)
     z = q.sample((samples,))  # (K, B, L)
-    log_p = sum(
-        nets.log_prob(modality, decode(z), x)
-        for modality, decode, x in zip(model.modalities, model.decoders, xs)
-        if x is not None
-    )
-    log_w = log_p + p.log_prob(z) - q.log_prob(z)  # (K, B)
-    return log_w.logsumexp(0) - math.log(samples)
+    return npz.log_weights(model, xs, p, q, z).logsumexp(0) - math.log(samples)
 
 
 def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):

@@ -38,7 +38,8 @@ def passes(model, n, take, draws=DRAWS, seed=0):
     torch.manual_seed(seed)
     for index in torch.arange(n).split(BATCH):
         xs = take(index)
-        yield index, model.posterior(*xs), corrected_samples(model, xs, draws)
+        q = model.posterior(*xs)
+        yield index, q, corrected_samples(model, xs, q, draws)
 
 
 @torch.no_grad()
@@ -53,8 +54,19 @@ def posterior_samples(model, xs, draws=1):
 CANDIDATES = 200  # samples of q(z|shown), from which z is drawn
 
 
+def log_weights(model, xs, p, q, z):
+    """log p(xs|z) p(z) / q(z), the importance weights of z (K, B, L) ~ q, without the likelihoods'
+    weights in training. -> (K, B)"""
+    log_p = sum(
+        nets.log_prob(modality, decode(z), x)
+        for modality, decode, x in zip(model.modalities, model.decoders, xs)
+        if x is not None
+    )
+    return log_p + p.log_prob(z) - q.log_prob(z)
+
+
 @torch.no_grad()
-def corrected_samples(model, xs, draws):
+def corrected_samples(model, xs, q, draws):
     """z ~ p(z|xs), the posterior of the trained decoders, which q(z|xs) only approximates: CANDIDATES
     samples of q, or as many as `draws`, resampled with weights p(xs|z) p(z) / q(z|xs) (sampling
     importance resampling, Rubin 1988; for VAEs: Mattei & Frellsen 2019).
@@ -63,13 +75,12 @@ def corrected_samples(model, xs, draws):
     many features one sample has all the weight. Images, slow to decode, keep q, too, and MEME its
     resampled posterior. -> (draws, B, L)
     """
-    if hasattr(model, "resample") or any(x is not None and x.ndim == 4 for x in xs):
-        return posterior_samples(model, xs, draws)
-    q = model.posterior(*xs)
+    if hasattr(model, "resample"):
+        return model.resample(*xs, samples=draws)
+    if any(x is not None and x.ndim == 4 for x in xs):
+        return q.sample((draws,))
     z = q.sample((max(CANDIDATES, draws),))  # (K, B, L)
-    parts = zip(model.modalities, model.decoders, xs)
-    log_p = sum(nets.log_prob(m, decode(z), x) for m, decode, x in parts if x is not None)
-    w = (log_p + model.prior(*xs).log_prob(z) - q.log_prob(z)).softmax(0)  # (K, B)
+    w = log_weights(model, xs, model.prior(*xs), q, z).softmax(0)  # (K, B)
     w[:, ~(1 / (w**2).sum(0) >= FEWEST)] = 1  # also where they are no numbers
     k = torch.multinomial(w.T, draws, replacement=True).T  # (draws, B)
     return z.gather(0, k[..., None].expand(-1, -1, z.shape[-1]))

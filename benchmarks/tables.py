@@ -140,6 +140,11 @@ def columns(metrics):
     return cells
 
 
+def rises_of(result):
+    """The rise of each log-likelihood from K/10 to K samples, by its column. -> {title: nats}"""
+    return columns({"log_likelihood": result.get("log_likelihood_rise", {})})
+
+
 def setting(result):
     """The flags that runs in one row have in common: all that are set, without the seed and the
     place of the run, and the epochs that were trained. -> dict"""
@@ -237,7 +242,7 @@ def row(name, group, titles):
     """The cells of the runs of one setting."""
     run, epoch, cells = group[0]["run"], group[0]["epoch"], [columns(r) for r in group]
     disagreement = [columns(r.get("disagreement", {})) for r in group]
-    rises = [columns({"log_likelihood": r.get("log_likelihood_rise", {})}) for r in group]
+    rises = [rises_of(r) for r in group]
     pairs = ["masked", "–"] if drawing.is_masked(run) else [f"{run['paired']:g}", run["unpaired"]]
     epochs = run["epochs"] if epoch == run["epochs"] else f"{epoch} of {run['epochs']}"
     seeds = len({r["run"]["seed"] for r in group})
@@ -336,7 +341,7 @@ def notes(results):
             f"log p: nats, importance-weighted, K = {k:,}, {n:,} test examples, spread over the "
             "test set; in brackets the rise from K/10 to K."
         )
-    rises = [columns({"log_likelihood": r.get("log_likelihood_rise", {})}) for r in results]
+    rises = [rises_of(r) for r in results]
     low = sorted({t for found in rises for t, rise in found.items() if rise > 1})
     if low:
         lines.append(f"Where it is above 1 nat, the number is a loose lower bound: {', '.join(low)}.")

@@ -1,4 +1,4 @@
-"""How well the five scripts fill in tables of one's own: the numbers of docs/own.md.
+"""How well the five scripts fill in a user's own tables: the numbers of docs/own.md.
 
     python docs/own.py FOLDER/*.npz --seeds 0 1 2     trains, appends to docs/own.jsonl
     python docs/own.py                                prints the tables of docs/own.jsonl
