@@ -437,6 +437,7 @@ def modalities(
     likelihoods=None,
     weights=None,
     arrays=None,
+    frequencies=None,
 ):
     """The modalities of a data set, from which a model is built.
 
@@ -444,7 +445,8 @@ def modalities(
     arrays. shapes: {"image": shape} of cub's features, where they are not 2,048. vocabulary: the
     number of words in cub's captions. width: factor on the layer sizes of spectra. likelihoods,
     weights: one per modality, in place of the defaults. arrays: {modality: arguments of
-    user_array}, for npz.
+    user_array}, for npz. frequencies: of each bit of spectra's fingerprints in training, at which
+    their output starts.
     Call it once per model: the caption networks of one list share an embedding. ValueError for an
     unknown name, likelihood or weight.
     """
@@ -457,7 +459,7 @@ def modalities(
     elif name == "cub":
         chosen = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
     elif name == "spectra":
-        chosen = [spectra(width), fingerprints()]
+        chosen = [spectra(width), fingerprints(frequencies)]
     elif name == "npz":
         chosen = [user_array(key, **array) for key, array in arrays.items()]
     else:
@@ -523,13 +525,16 @@ def spectra(width):
     )
 
 
-def fingerprints():
-    """[poe] Table A.9."""
-    encoder, decoder = (
-        partial(mlp_encoder, (2149, 1024, 1000)),
-        partial(mlp_decoder, (500, 1024, 2149), (2149,)),
-    )
+def fingerprints(frequencies=None):
+    """[poe] Table A.9. Most bits are rare: the output starts at their frequencies, if given."""
+    start = None if frequencies is None else start_of_bits(torch.tensor(frequencies))
+    encoder = partial(mlp_encoder, (2149, 1024, 1000))
+    decoder = partial(mlp_decoder, (500, 1024, 2149), (2149,), start=start)
     return Modality("fingerprint", (2149,), encoder, decoder, "bernoulli")
+
+
+def start_of_bits(frequencies):
+    return torch.logit(frequencies.clamp(1e-3, 1 - 1e-3))
 
 
 def user_array(name, kind, shape, likelihood, classes=None, stats=None, marginal=None):
@@ -559,7 +564,7 @@ def user_array(name, kind, shape, likelihood, classes=None, stats=None, marginal
         first, start = Observed, mean
         learned = (std.log(), std.log() + math.log(1e-2))
     else:
-        start = torch.logit(mean.clamp(1e-3, 1 - 1e-3))
+        start = start_of_bits(mean)
     encoder = partial(mlp_encoder, (size, hidden, hidden), first=first)
     parameter = (classes,) if classes else (*shape, 2) if learned else shape
     decoder = partial(mlp_decoder, (hidden, hidden, size), parameter, start=start, learned=learned)

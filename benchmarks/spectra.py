@@ -481,14 +481,22 @@ def load(name, root):
         bits = np.unpackbits(arrays[f"{part}_bits"], axis=1, count=BITS).astype(bool)
         rows = [torch.arange(len(spectra)), torch.from_numpy(arrays[f"{part}_rows"])]
         splits.append(data.Split([spectra, torch.from_numpy(bits)], rows))
+    frequencies = [round(p, 3) for p in bit_frequencies(splits[0]).tolist()]
     return data.Dataset(
         name=name,
         train=splits[0],
         test=splits[1],
-        spec={"name": name},
+        spec={"name": name, "frequencies": frequencies},
         names=("spectrum", "fingerprint"),
         groups=splits[0].rows[1],
     )
+
+
+def bit_frequencies(split):
+    """The share of the spectra whose fingerprint has each bit. -> (2149,), float64"""
+    bits = split.bases[1].cpu().double()
+    count = torch.bincount(split.rows[1].cpu(), minlength=len(bits)).double()
+    return count @ bits / count.sum()
 
 
 class Challenges(NamedTuple):
@@ -617,8 +625,7 @@ def scores(model, dataset, challenges=None, samples=20, seed=0, batch_size=128):
     test, train = dataset.test, dataset.train
     bits = torch.cat([test.take(1, i).cpu() for i in torch.arange(len(test)).split(4096)]) > 0.5
     bits = bits.numpy()  # (N, 2149)
-    count = torch.bincount(train.rows[1].cpu(), minlength=len(train.bases[1])).double()
-    frequency = (count @ train.bases[1].cpu().double() / count.sum()).numpy()  # (2149,)
+    frequency = bit_frequencies(train).numpy()
 
     def predict(take, n):
         return predict_bits(model, take, n, samples, batch_size)
