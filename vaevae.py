@@ -347,7 +347,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda" and device.index is not None:  # else the current one
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

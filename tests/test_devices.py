@@ -257,6 +257,26 @@ def test_nothing_waits_between_the_first_batch_and_the_last(
     assert {type(w) for w in model.state_dict().values()} == {There}
 
 
+@pytest.mark.parametrize("flag, index", [("cuda", None), ("cuda:0", 0), ("cuda:1", 1)])
+def test_the_loop_selects_a_gpu_by_its_index_alone(flag, index, arrays, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def to(self, device):
+        raise Reached(device)
+
+    zeros, selected = torch.zeros, []
+    there = {"device": flag}
+    monkeypatch.setattr(torch, "zeros", lambda *n, **on: zeros(*n, **({} if on == there else on)))
+    monkeypatch.setattr(data.Split, "to", to)
+    # torch's own check of the argument, which needs no GPU: a device without an index is refused
+    select = torch.cuda._utils._get_device_index
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: selected.append(select(device)))
+    with pytest.raises(Reached, match=flag):
+        SCRIPTS["mvae"].main(["--dataset", str(arrays), "--device", flag, "--out", str(tmp_path)])
+    assert selected == ([] if index is None else [index])
+
+
 def test_observed_examples_lie_where_their_split_does(device):
     split, streams = toy(n=40).train, data.pairing(40, ("mnist", "svhn"), 0.5)
     pairs = [data.observed(s, streams, 5) for s in (split, split.to("meta"))]
