@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import data
 from benchmarks import spectra
-from helpers import MOLECULES, record, shi, tiny
+from helpers import MOLECULES, ROOT, record, shi, tiny
 
 AB = "a", "b"
 
@@ -250,6 +251,22 @@ def test_balanced_sampling_is_one_pass_over_the_largest_stream():
     assert [[len(xs[0]) for _, xs in step] for step in uneven] == [[4, 4], [4, 4], [2, 4]]
     seen = torch.cat([step[1][1][0] for step in steps])
     assert seen.flatten().sort()[0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("sampling, other", [("natural", "balanced"), ("balanced", "natural")])
+def test_docs_sampling_swaps_the_weights_and_keeps_the_batches(sampling, other):
+    script = runpy.run_path(str(ROOT / "docs" / "sampling.py"))
+    streams = data.pairing(20, AB, 0.2, "rest")
+
+    def one_epoch(batches, sampling):
+        return list(batches(tiny(20), streams, 4, sampling, zero()))
+
+    theirs = one_epoch(data.batches, other)[0]
+    expected, found = (one_epoch(b, sampling) for b in (data.batches, script["swapped"]))
+    assert len(found) == len(expected) > 1
+    for step, swapped in zip(expected, found):
+        assert [w for w, _ in swapped] == [w for w, _ in theirs] != [w for w, _ in step]
+        torch.testing.assert_close([xs for _, xs in swapped], [xs for _, xs in step])
 
 
 # ------------------------------------------------------------------------------------------- groups
