@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 import data
 import eval as evaluation
+import nets
 from benchmarks import drawing, spectra
 from helpers import MOLECULES, challenge_files, record
 
@@ -185,6 +186,11 @@ def test_spectra_are_split_by_compound_and_skipped_ones_counted(tmp_path, capsys
     assert x.amax(1).eq(1).all() and x[:, 570].eq(1).all()
     expected = {spectra.fingerprint(s).tobytes() for s in MOLECULES}
     assert {bits.numpy().astype(bool).tobytes() for bits in fingerprints} < expected
+
+    # The decoder of bits starts at their frequencies over the spectra, not over the compounds
+    start = nets.modalities(**dataset.spec, width=0.001)[1].decoder(2).net[-1].bias
+    frequency = fingerprints.mean(0).clamp(1e-3, 1 - 1e-3)
+    torch.testing.assert_close(torch.sigmoid(start), frequency, atol=5e-4, rtol=0)
 
     challenges = spectra.load_challenges(new)
     assert challenges.ids == ["A", "B"] and challenges.offsets.tolist() == [0, 3, 6]
