@@ -396,9 +396,7 @@ class Turned(nn.Module):
     def posterior(self, image, caption):
         self.seen.append(len(caption if image is None else image))
         z = caption[:, :1] + 20.0 if image is None else image[:, :1]
-        return types.SimpleNamespace(
-            sample=lambda shape=(): z.expand(*shape, *z.shape), mean=-z
-        )
+        return types.SimpleNamespace(sample=lambda shape=(): z.expand(*shape, *z.shape), mean=-z)
 
     def prior(self):
         def sample(shape):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import data
 import eval as evaluation
 import nets
-from benchmarks import cub, figures, oracles, spectra
+from benchmarks import cub, figures, npz, oracles, spectra
 from helpers import SCRIPTS, save_arrays, toy
 
 aten = torch.ops.aten
@@ -349,6 +349,28 @@ def test_an_evaluation_and_its_figures_stay_on_the_device(device):
     dataset = toy(n=40)
     model = SCRIPTS["meme"].MODEL(nets.modalities(dataset.name), 8)
     both(device, lambda *given: list(everything(*given)), model, dataset, judges(dataset))
+
+
+@pytest.mark.parametrize("name", ["meme", "svae"])
+def test_own_arrays_are_scored_and_filled_in_on_the_device(name, device, tmp_path):
+    rng, n = np.random.default_rng(0), 60
+    a, b, c = rng.normal(size=(n, 4)), rng.integers(0, 9, (n, 6)), np.arange(n) % 3
+    a[5:20, 2] = np.nan
+    mask = rng.random((n, 3)) > 0.2
+    mask[~mask.any(1)] = True
+    path = save_arrays(tmp_path / "own.npz", a, b, c, train_mask=mask, test_mask=mask)
+    np.savez(new := tmp_path / "new.npz", **{"0": a[:9], "1": b[:9], "mask": mask[:9]})
+    dataset = data.load(str(path))
+    model = SCRIPTS[name].MODEL(nets.modalities(**dataset.spec), 4)
+    files = (tmp_path / f"{k}.npz" for k in itertools.count())
+
+    def outputs(model, dataset, _):
+        yield npz.evaluate(model, dataset)
+        for draws in (None, 3):
+            npz.fill(model, dataset.spec, new, out := next(files), draws, dataset=dataset)
+            yield dict(np.load(out))
+
+    both(device, lambda *of: list(outputs(*of)), model, dataset)
 
 
 def test_an_oracle_waits_for_its_gaussian_process_alone(device):

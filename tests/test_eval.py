@@ -682,7 +682,9 @@ def test_a_bernoulli_of_greys_is_a_pseudo_likelihood():
         (1, "split", [[True, False], [False, True]], ("mnist", "svhn")),
     ],
 )
-def test_likelihoods_of_an_untrained_prior_are_left_out(paired, unpaired, mask, trained, monkeypatch):
+def test_likelihoods_of_an_untrained_prior_are_left_out(
+    paired, unpaired, mask, trained, monkeypatch
+):
     monkeypatch.setattr(evaluation, "log_likelihood", stub_likelihood)
     dataset, args = toy(n=20), dict(paired=paired, unpaired=unpaired)
     dataset = dataset._replace(mask=None if mask is None else torch.tensor(mask))
