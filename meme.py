@@ -322,7 +322,7 @@ def parse_args(argv=None, saved=None):
     flag("--limit", type=int, help="train on the first LIMIT examples only")
     flag("--device", default=cuda, help="a torch device: cuda, cuda:1, mps, cpu")
     flag("--amp", action=switch, default=False, help="bfloat16 autocast")
-    flag("--compile", action=switch, default=False, help="torch.compile the step")
+    flag("--compile", action=switch, default=False, help="torch.compile (docs/robustness.md)")
     flag("--out", help="folder of the run, by default runs/MODEL-DATASET-...")
     flag("--resume", action="store_true", help="continue the run in its folder")
     options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
