@@ -534,6 +534,7 @@ def fingerprints(frequencies=None):
 
 
 def start_of_bits(frequencies):
+    """The biases with which an output of bits starts at these frequencies, clamped off 0 and 1."""
     return torch.logit(frequencies.clamp(1e-3, 1 - 1e-3))
 
 

@@ -17,12 +17,13 @@ import data  # noqa: E402
 batches = data.batches
 
 
-def swapped(split, streams, batch_size, sampling, *order):
-    """data.batches with the weights of the other kind of sampling."""
+def swapped(split, streams, batch_size, sampling, generator=None, rank=0, world=1):
+    """data.batches with the weights of the other kind of sampling. For a single process, since
+    several weigh their parts of a step."""
     total = sum(len(index) for _, index in streams)
     shares = [len(index) / total for _, index in streams]
     weights = [1.0] * len(streams) if sampling == "natural" else shares
-    for batch in batches(split, streams, batch_size, sampling, *order):
+    for batch in batches(split, streams, batch_size, sampling, generator, rank, world):
         yield [(weight, xs) for weight, (_, xs) in zip(weights, batch, strict=True)]
 
 
