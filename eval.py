@@ -1,38 +1,28 @@
-"""Metrics, tables and figures of trained models.
+"""Metrics of trained models.
 
     python eval.py runs/a runs/b --figures figures             evaluate on the test examples
     python eval.py runs/a --fill new.npz --out filled.npz      fill in what new examples lack
-    python eval.py results/glyphs.jsonl                        print a table of saved results
 
-The first half is pure numpy, independent of the rest of the file:
+The first part is pure numpy, independent of the rest of the file:
 
     fit = cca(x, y); correlation(fit, x, y)           canonical correlation, [meme] App. G
     linear_probe(train_z, train_y, test_z, test_y)    accuracy of a linear classifier of samples
     w2(mean1, scale1, mean2, scale2)                  2-Wasserstein distance, [meme] App. F
 
-The rest evaluates runs. z is one sample of the posterior per example (--seed fixes it); the
-decoded mean is judged by oracles, classifiers of the real images, whose own test accuracy stands
-under each table. Metrics and figures of a single data set are in its file in benchmarks/; those of
-a user's own arrays, and --fill, in benchmarks/npz.py.
+The second part samples z from a model. The third holds the metrics that several data sets share;
+those of one data set, the oracles that classify images, and the command are in evaluation/.
 
 Shapes: N examples, B of a batch, K samples, L latent dimensions, M modalities, C classes. A mask is
-M booleans, the modalities that are shown.
+M booleans, True for the modalities that are observed.
 [meme] is Joy et al., ICLR 2022; [poe] is "In Defense of Product-of-Experts".
 """
 
-import argparse
-import importlib
+import copy
 import itertools
-import json
 import math
-import sys
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-# -------------------------------------------------------------------- numpy: arrays in, numbers out
 
 
 class CCA(NamedTuple):
@@ -45,23 +35,32 @@ class CCA(NamedTuple):
 
 def cca(x, y, k=40, ridge=1e-3, whiten=True):
     """Canonical correlation analysis, [meme] App. G: the k pairs of directions along which x
-    (n, Dx) and y (n, Dy) correlate most. -> CCA
+    (n, Dx) and y (n, Dy) correlate most; min(Dx, Dy) pairs if that is less. -> CCA
 
         Cxx^-½ Cxy Cyy^-½ = U S V',   wx = Cxx^-½ U,   wy = Cyy^-½ V,   correlations S
 
-    ridge, times the mean variance, is added to the diagonals of Cxx and Cyy. whiten=True: every
-    projection has variance 1, up to the ridge. False: every joint vector [wx; wy] has length 1, as
-    in the published code, which takes the eigenvectors of the equivalent eigenproblem; the k
-    components then have different weights in eq. (12).
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
+    ridge, times the mean variance of the columns, is added to the diagonals of Cxx and Cyy. So the
+    units of single columns matter (not those of a whole table): a column whose variance is far
+    below the mean hardly counts. whiten=True: every projection has variance 1, up to the ridge.
+    False: every joint vector [wx; wy] has length 1, as in the published code, which takes the
+    eigenvectors of the equivalent eigenproblem; the components then have different weights in
+    eq. (12)."""
+    x = finite("x", x, ("n", "Dx"))
+    y = finite("y", y, (len(x), "Dy"))
+    if (x == x[0]).all() or (y == y[0]).all():
+        raise ValueError("x and y must have at least two different rows each")
+    k, ridge = finite("k", k, ()), finite("ridge", ridge, ())
+    if k < 1 or k % 1 or ridge < 0:
+        raise ValueError(f"k must be 1, 2, ... and ridge 0 or more, not {k} and {ridge}")
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     root_x, root_y = inverse_root(x, ridge), inverse_root(y, ridge)
     u, s, vt = np.linalg.svd(root_x @ (x.T @ y / (len(x) - 1)) @ root_y, full_matrices=False)
+    k = min(int(k), len(s))
     wx, wy = root_x @ u[:, :k], root_y @ vt[:k].T
     if not whiten:
         length = np.sqrt((wx**2).sum(0) + (wy**2).sum(0))
+        length[length < 1e-9 * length.max()] = 1  # no direction: without a ridge, beyond the rank
         wx, wy = wx / length, wy / length
     return CCA(mean_x, mean_y, wx, wy, s[:k])
 
@@ -71,41 +70,62 @@ def inverse_root(x, ridge):
     variance. -> (D, D)"""
     cov = x.T @ x / (len(x) - 1)
     values, vectors = np.linalg.eigh(cov + ridge * np.trace(cov) / len(cov) * np.eye(len(cov)))
-    kept = values > 1e-12 * values.max()
-    return (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+    positive = values > 1e-12 * values.max()
+    return (vectors[:, positive] / np.sqrt(values[positive])) @ vectors[:, positive].T
 
 
 def correlation(fit, x, y):
-    """Cosine of the projections of each pair, centred by the means of the fit, [meme] eq. (12).
-    -> (n,)"""
-    x, y = projections(fit, x, y)
+    """Cosine of the projections of each pair of rows of x (n, Dx) and y (n, Dy), centred by the
+    means of the fit, [meme] eq. (12). -> (n,)"""
+    x = projection("x", x, fit.mean_x, fit.wx)
+    y = projection("y", y, fit.mean_y, fit.wy, rows=len(x))
     return (x * y).sum(1)
 
 
 def chance_correlation(fit, x, y):
-    """The mean of eq. (12) over every x (n, Dx) with every y (n, Dy): the value, not always 0, that
-    a generator reaches which ignores its input. -> a number"""
-    x, y = projections(fit, x, y)
+    """The mean of eq. (12) over every x (n, Dx) with every y (m, Dy): the value, not always 0, of
+    a generator that ignores its input. -> a number"""
+    x, y = projection("x", x, fit.mean_x, fit.wx), projection("y", y, fit.mean_y, fit.wy)
     return x.mean(0) @ y.mean(0)
 
 
-def projections(fit, x, y):
-    """Unit vectors along the projections of x and y, centred by the means of the fit.
-    -> (n, k), (n, k)"""
-    x, y = (x - fit.mean_x) @ fit.wx, (y - fit.mean_y) @ fit.wy
-    return [p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12) for p in (x, y)]
+def projection(name, x, mean, w, rows="n"):
+    """Unit vectors along the projections of x (n, D), centred by the means of the fit. -> (n, k)"""
+    p = (finite(name, x, (rows, len(mean))) - mean) @ w
+    return p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)
 
 
-def correlations(pairs, judged):
-    """[meme] Table 5: the mean correlation of each pair of arrays in `judged`, {name: (x, y)}, and
-    that by chance, in a CCA (k = 40, whitened) that is fit to the pairs (x, y). -> metrics"""
-    fit = cca(*pairs, k=40)
-    return {
-        "correlation": {k: float(correlation(fit, x, y).mean()) for k, (x, y) in judged.items()},
-        "chance_correlation": {
-            k: float(chance_correlation(fit, x, y)) for k, (x, y) in judged.items()
-        },
-    }
+def correlations(pairs, generated):
+    """[meme] Table 5: the mean correlation of each pair of arrays in `generated`, {name: (x, y)},
+    and that by chance, in a CCA (k = 40, whitened) that is fit to the pairs (x, y). -> metrics"""
+    fit, means, chance = cca(*pairs, k=40), {}, {}
+    for name, (x, y) in generated.items():
+        means[name] = float(correlation(fit, x, y).mean())
+        chance[name] = float(chance_correlation(fit, x, y))
+    return {"correlation": means, "chance_correlation": chance}
+
+
+def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
+    """Test accuracy of multinomial logistic regression on z, standardised by the training rows.
+
+    z (n, L); y: n labels, text or whole numbers, also as a column (n, 1). A test label that
+    training lacks counts as an error. l2 as in logistic_regression."""
+    train_z = finite("train_z", train_z, ("n", "L"))
+    test_z = finite("test_z", test_z, ("m", train_z.shape[1]))
+    train_y = class_labels("train_y", train_y, len(train_z))
+    test_y = class_labels("test_y", test_y, len(test_z))
+    if (train_y.dtype.kind == "U") != (test_y.dtype.kind == "U"):
+        raise ValueError("train_y and test_y must both be text or both be numbers")
+    classes, y = np.unique(train_y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"train_y must have at least two classes, not {len(classes)}")
+    if finite("l2", l2, ()) < 0:
+        raise ValueError(f"l2 must be 0 or more, not {l2}")
+    mean, std = train_z.mean(0), train_z.std(0)
+    std[std <= len(train_z) * np.finfo(float).eps * np.abs(mean)] = 1  # constant up to rounding
+    w = logistic_regression((train_z - mean) / std, y, len(classes), l2)
+    prediction = ((test_z - mean) / std) @ w[:-1] + w[-1]
+    return float((classes[prediction.argmax(1)] == test_y).mean())
 
 
 def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
@@ -114,8 +134,7 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
         argmin_W  mean_n -log softmax(W'[z_n; 1])_y_n + l2/2 |W|²,    biases not penalised
 
     z (n, L), y (n,) integers below `classes` -> W (L + 1, C). It stops when no entry of the
-    gradient exceeds `tolerance`, after 100 steps, or when rounding ends the descent.
-    """
+    gradient exceeds `tolerance`, after 100 steps, or when rounding ends the descent."""
     z = np.hstack([z, np.ones((len(z), 1))])
     n, d = z.shape
     penalty = np.full((d, 1), l2)
@@ -152,53 +171,178 @@ def logistic_regression(z, y, classes, l2=1e-4, tolerance=1e-6):
     return w
 
 
-def linear_probe(train_z, train_y, test_z, test_y, l2=1e-4):
-    """Test accuracy of multinomial logistic regression on z, standardised by the training examples.
-
-    z (n, L), y (n,) any labels; l2 as in logistic_regression.
-    """
-    train_z, test_z = np.asarray(train_z, float), np.asarray(test_z, float)
-    mean, std = train_z.mean(0), train_z.std(0)
-    std[std == 0] = 1
-    classes, y = np.unique(train_y, return_inverse=True)
-    w = logistic_regression((train_z - mean) / std, y, len(classes), l2)
-    guess = ((test_z - mean) / std) @ w[:-1] + w[-1]
-    return float((classes[guess.argmax(1)] == np.asarray(test_y)).mean())
-
-
-def w2(mean1, scale1, mean2, scale2):
+def w2(mean1, scale1, mean2, scale2, covariance=None):
     """2-Wasserstein distance of two Gaussians, [meme] App. F, whose ||m1 + m2|| is a misprint.
 
         d² = ||m1 - m2||² + Tr(Σ1 + Σ2 - 2 (Σ1^½ Σ2 Σ1^½)^½)
         d² = ||m1 - m2||² + ||std1 - std2||²                          where both are diagonal
 
     means (..., d); scales: standard deviations (..., d) or covariances (..., d, d); leading axes
-    broadcast. -> (...)
-    """
+    broadcast, a single number stands for d equal ones. covariance: True: both scales are; False:
+    neither is; None: a scale with more axes than its mean is. Where that leaves the choice open, as
+    with scales (d, d) of d means (d, d), it is a ValueError. -> (...)"""
+    arguments = {"mean1": mean1, "scale1": scale1, "mean2": mean2, "scale2": scale2}
+    arrays = [finite(name, x) for name, x in arguments.items()]
+    lengths = {x.shape[-1] for x in arrays if x.ndim} or {1}
+    if len(lengths) > 1:
+        raise ValueError(f"the last axes of means and scales must be equal, not {sorted(lengths)}")
+    d = lengths.pop()
+    mean1, scale1, mean2, scale2 = (x if x.ndim else np.full(d, x) for x in arrays)
+    full1 = is_covariance("scale1", scale1, mean1, covariance)
+    full2 = is_covariance("scale2", scale2, mean2, covariance)
     squared = ((mean1 - mean2) ** 2).sum(-1)
-    if scale1.ndim == mean1.ndim:
+    if not full1 and not full2:
         return np.sqrt(squared + ((scale1 - scale2) ** 2).sum(-1))
+    scale1 = scale1 if full1 else scale1[..., None] ** 2 * np.eye(d)
+    scale2 = scale2 if full2 else scale2[..., None] ** 2 * np.eye(d)
+    traces = np.trace(scale1, axis1=-2, axis2=-1) + np.trace(scale2, axis1=-2, axis2=-1)
     values, vectors = np.linalg.eigh(scale1)
     root = (vectors * np.sqrt(np.maximum(values, 0))[..., None, :]) @ np.swapaxes(vectors, -1, -2)
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ scale2 @ root), 0)).sum(-1)
-    traces = np.trace(scale1, axis1=-2, axis2=-1) + np.trace(scale2, axis1=-2, axis2=-1)
     return np.sqrt(np.maximum(squared + traces - 2 * cross, 0))
 
 
-# ------------------------------------------------------------------------------- metrics of a model
+def is_covariance(name, scale, mean, covariance):
+    """True for covariances (..., d, d), False for standard deviations (..., d), of means (..., d).
+    ValueError where that is open, and for values that are neither."""
+    square = scale.shape[-2:] == 2 * mean.shape[-1:]
+    if covariance is None:
+        covariance = scale.ndim > mean.ndim
+        if square and not covariance:
+            raise ValueError(f"{name} may hold deviations or covariances: set covariance=")
+    if not covariance and (scale < 0).any():
+        raise ValueError(f"{name} must not hold negative standard deviations")
+    if covariance and not square:
+        raise ValueError(f"{name} must have the shape (..., d, d), not {scale.shape}")
+    if covariance:
+        asymmetry, rounding = abs(scale - np.swapaxes(scale, -1, -2)).max(), 1e-5 * abs(scale).max()
+        if asymmetry > rounding or np.linalg.eigvalsh(scale).min() < -rounding:
+            raise ValueError(f"{name} must hold symmetric matrices without negative eigenvalues")
+    return covariance
+
+
+def finite(name, x, shape=None):
+    """x as an array of finite float64. ValueError unless it has this shape, where text stands for
+    any length but 0."""
+    try:
+        array = np.asarray(x, float)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor with a gradient
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
+    if shape is not None:
+        fits = [n > 0 if isinstance(s, str) else n == s for n, s in zip(array.shape, shape)]
+        if array.ndim != len(shape) or not all(fits):
+            shape = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have the shape ({shape}), not {array.shape}")
+    if np.ma.is_masked(x) or not np.isfinite(array).all():
+        raise ValueError(f"{name} must not hold NaN, infinite or masked values")
+    return array
+
+
+def class_labels(name, y, rows):
+    """Labels, text or whole numbers, one for each row, also as a column (rows, 1). -> (rows,)"""
+    text = np.asarray(y)
+    if text.shape not in ((rows,), (rows, 1)):
+        raise ValueError(f"{name} must have one label for each of {rows} rows, not {text.shape}")
+    if all(isinstance(label, str) for label in text.ravel().tolist()):
+        return text.reshape(rows).astype(str)
+    numbers = finite(name, y).reshape(rows)
+    if (numbers % 1).any():
+        raise ValueError(f"{name} must hold classes: text or whole numbers")
+    return numbers
+
+
+# ------------------------------------------------------------------------------------- samples of z
 
 try:
     import torch
-    from torch.distributions import MixtureSameFamily
 
     import data
     import nets
-    from benchmarks import drawing, figures, npz
-    from benchmarks.oracles import each, load_oracle
-    from benchmarks.tables import read_results, report, save_metrics, save_result, table
 except ModuleNotFoundError as error:  # without torch all above can be imported
     if error.name != "torch":
         raise
+
+BATCH = 100  # examples whose posteriors are sampled at once
+DRAWS = 50  # samples of z over which E[x|observed] is a mean
+CANDIDATES = 200  # samples of q(z|observed) from which corrected_samples draws
+MIN_EFFECTIVE = 20  # the effective sample size of these from which on it does
+PAIRS = 128  # training pairs of the aggregate posterior
+BUDGET = 2**22  # numbers of a block of decoded samples, also of wide tables
+
+
+def posterior_batches(model, n, take, draws=DRAWS, seed=0):
+    """The posterior of n examples with one mask, batch by batch; take(index) -> M tensors or None.
+    -> index (B,), q(z|observed), samples of z (draws, B, L)"""
+    torch.manual_seed(seed)
+    for index in torch.arange(n).split(BATCH):
+        xs = take(index)
+        with torch.no_grad():
+            q = model.posterior(*xs)
+        yield index, q, corrected_samples(model, xs, q, draws)
+
+
+def corrected_samples(model, xs, q, n):
+    """n samples of p(z|xs), the posterior of the trained decoders, which q(z|xs) approximates:
+    CANDIDATES samples of q, or n if that is more, resampled with weights p(xs|z) p(z) / q(z|xs)
+    (sampling importance resampling, Rubin 1988; for VAEs: Mattei & Frellsen 2019).
+
+    Where the effective sample size is below MIN_EFFECTIVE (with many features one sample has all
+    the weight), and of images, slow to decode, they are samples of q; of a model that resamples
+    those of its sample_posterior. -> (n, B, L)"""
+    with torch.no_grad():
+        if model.resamples:
+            return model.sample_posterior(xs, n)
+        if any(x is not None and x.ndim == 4 for x in xs):
+            return q.sample((n,))
+        z = q.sample((max(CANDIDATES, n),))  # (K, B, L)
+        w = log_weights(model, xs, model.prior(*xs), q, z).softmax(0)  # (K, B)
+        w[:, ~(1 / (w**2).sum(0) >= MIN_EFFECTIVE)] = 1  # also where they are NaN
+        k = torch.multinomial(w.T, n, replacement=True).T  # (n, B)
+        return z.gather(0, k[..., None].expand(-1, -1, z.shape[-1]))
+
+
+def log_weights(model, xs, p, q, z):
+    """log p(xs|z) p(z) / q(z), the importance weights of z (K, B, L) ~ q, in nats; the likelihoods'
+    weights in training do not count. -> (K, B)"""
+    observed = [part for part in zip(model.modalities, model.decoders, xs) if part[2] is not None]
+    widths = [math.prod(m.shape) * (m.classes or 1) for m, _, _ in observed]
+    for density in (p, q):
+        if isinstance(density, torch.distributions.MixtureSameFamily):  # all components at every z
+            widths.append(density.mixture_distribution.probs.shape[-1] * z.shape[-1])
+    log_w = []
+    for part in sample_blocks(z, max(widths)):
+        log_p = sum(nets.log_prob(m, decode(part), x) for m, decode, x in observed)
+        log_w.append(log_p + p.log_prob(part) - q.log_prob(part))
+    return torch.cat(log_w)
+
+
+def sample_blocks(z, width):
+    """z (K, B, L) in blocks of samples, such that arrays (block, B, width) keep to the BUDGET."""
+    return z.split(max(1, BUDGET // (z.shape[1] * width)))
+
+
+def aggregate_samples(model, train, n):
+    """n samples of the aggregate posterior of training pairs, (1/PAIRS) Σ_i q(z|x_i): where the
+    prior does not match it, samples of the two differ. -> (n, L)"""
+    index = spread(len(train), PAIRS)
+    xs = data.select(train, [True] * len(train.bases), index)
+    with torch.no_grad():
+        z = model.sample_posterior(xs, math.ceil(n / len(index))).flatten(0, 1)
+    return z[torch.randperm(len(z))[:n].to(z.device)]
+
+
+def spread(n, most):
+    """At most `most` of the rows 0 to n - 1, at equal distances: a test set may be sorted."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+def rows_with(mask, modalities, n):
+    """The rows of n examples that have all these modalities; mask (n, M), or None: all have."""
+    rows = torch.arange(n)
+    return rows if mask is None else rows[mask[:, list(modalities)].all(1)]
+
+
+# ------------------------------------------------------------------------------- metrics of a model
 
 
 def subsets(names):
@@ -207,9 +351,7 @@ def subsets(names):
     masks = {}
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, size):
-            label = "+".join(chosen)
-            if size == len(names):
-                label = "both" if size == 2 else "all"
+            label = "+".join(chosen) if size < len(names) else "both" if size == 2 else "all"
             masks[label] = tuple(name in chosen for name in names)
     return masks
 
@@ -219,56 +361,62 @@ def singles(names):
     return {name: mask for name, mask in subsets(names).items() if sum(mask) == 1}
 
 
-def views(dataset):
-    """The images that oracles judge, or, in a data set without oracles, every modality by itself.
-    -> {name: function of the M modalities}"""
-    benchmark = data.benchmark(dataset.name)
-    return benchmark.views(dataset) if hasattr(benchmark, "views") else each(dataset.names)
-
-
-def in_parts(dataset):
-    """True where the modalities are parts of one image, which is judged as a whole."""
-    return len(views(dataset)) == 1
+def view(means, parts):
+    """The modalities `parts`, indices, stacked to one image. means: M images (..., H, W)"""
+    return torch.cat([means[m] for m in parts], -2)
 
 
 def generate(model, split, mask, index):
-    """One sample z ~ q(z|mask's modalities) per example, decoded. -> M means"""
+    """One sample z ~ q(z|the modalities of the mask) per example, decoded. -> M means"""
     with torch.no_grad():
-        (z,) = npz.posterior_samples(model, data.select(split, mask, index))
+        (z,) = model.sample_posterior(data.select(split, mask, index), 1)
         return model.decode(z)
 
 
-def predict(means, dataset, oracles):
-    """The oracle of every view on decoded modalities.
+def predict(means, views, oracles):
+    """The oracle of every view (see data.Dataset) on decoded modalities.
     -> predicted digits, disagreement of its members, each (views, B)"""
     with torch.no_grad():
-        outputs = [oracles[name](view(means)) for name, view in views(dataset).items()]
-    return [torch.stack(parts) for parts in zip(*outputs)]
+        outputs = [oracles[name](view(means, parts)) for name, parts in views.items()]
+    return [torch.stack(columns) for columns in zip(*outputs)]
 
 
 def judge(model, dataset, oracles, mask):
-    """Generate from every test example, of which `mask` is shown, and let the oracles judge.
+    """Generate an image of every view from the modalities of the mask, for every test example.
     -> {view: (accuracy, share of the images on which the oracle's members disagree)}"""
-    correct, disagreement = [], []
+    parts = []
     for index in torch.arange(len(dataset.test)).split(500):
         means = generate(model, dataset.test, mask, index)
-        digits, doubt = predict(means, dataset, oracles)
-        correct.append(digits == dataset.test.labels[index])
-        disagreement.append(doubt)
-    shares = [
-        torch.cat(parts, 1).cpu().double().mean(1).tolist() for parts in (correct, disagreement)
-    ]
-    return dict(zip(views(dataset), zip(*shares)))
+        digits, disagree = predict(means, dataset.views, oracles)
+        parts.append((digits == dataset.test.labels[index], disagree))
+    shares = [torch.cat(columns, 1).cpu().double().mean(1).tolist() for columns in zip(*parts)]
+    return dict(zip(dataset.views, zip(*shares)))
 
 
 def split_accuracy(model, dataset, oracles):
-    """[poe] Table 1: accuracy of the whole image, regenerated from every subset of its parts.
+    """[poe] Table 1: accuracy of the whole image, regenerated from every subset of its parts; the
+    effective_sample_size of models that resample the posterior of several.
     -> metrics; the oracles' disagreement, in the same shape"""
-    accuracy, disagreement = {}, {}
+    metrics, disagreement = {"accuracy": {}}, {}
     for name, mask in subsets(dataset.names).items():
         (shares,) = judge(model, dataset, oracles, mask).values()
-        accuracy[name], disagreement[name] = shares
-    return {"accuracy": accuracy}, {"accuracy": disagreement}
+        metrics["accuracy"][name], disagreement[name] = shares
+        if model.resamples and sum(mask) > 1:
+            sizes = metrics.setdefault("effective_sample_size", {})
+            sizes[name] = effective_sample_size(model, dataset.test, mask)
+    return metrics, {"accuracy": disagreement}
+
+
+def effective_sample_size(model, split, mask, examples=500):
+    """The median over examples of 1 / Σ_k w_k², w being the weights with which a model resamples
+    its posterior of the mask's modalities: 1 if one of the candidates has all the weight."""
+    sizes = []
+    for index in spread(len(split), examples).split(BATCH):
+        xs = data.select(split, mask, index)
+        for source in np.flatnonzero(mask).tolist():
+            w = model.candidates(xs, source)[1].softmax(0)  # (K, B)
+            sizes.append(1 / (w**2).sum(0))
+    return torch.cat(sizes).median().item()
 
 
 def coherence(model, dataset, oracles):
@@ -287,84 +435,76 @@ def coherence(model, dataset, oracles):
 
 
 def joint_coherence(model, dataset, oracles, samples=10_000):
-    """[poe] Fig. 8: the share of z in whose images all oracles predict the same digit: of samples
-    of p(z) and, as aggregate_coherence, of the aggregate posterior. Priors differ between models
-    (MEME's is itself a mixture of encodings), and a joint coherence of p(z) compares them, too.
-
-    joint_entropy, in nats, is that of the digits on which they agree: log 10 = 2.30 if all are
-    equally frequent, 0 if it is always the same one, which makes coherence meaningless. The members
-    of the oracles disagree on a sample if those of any oracle do.
-    -> metrics; the oracles' disagreement, in the same shape
-    """
+    """[poe] Fig. 8: `agreement` of samples of p(z) and, as aggregate_coherence, of the aggregate
+    posterior. Priors differ between models (MEME's is itself a mixture of encodings), and a joint
+    coherence of p(z) compares them, too.
+    -> metrics; the oracles' disagreement, in the same shape"""
     with torch.no_grad():
-        sources = {
-            "joint": model.prior().sample((samples,)),
-            "aggregate": npz.aggregate_samples(model, dataset.train, samples),
-        }
+        joint = model.prior().sample((samples,))
+    sources = {"joint": joint, "aggregate": aggregate_samples(model, dataset.train, samples)}
     metrics, disagreement = {}, {}
     for name, z in sources.items():
-        share, entropy, doubt = agreement(model, dataset, oracles, z)
+        share, entropy, disagree = agreement(model, dataset, oracles, z)
         metrics |= {f"{name}_coherence": share, f"{name}_entropy": entropy}
-        disagreement[f"{name}_coherence"] = doubt
+        disagreement[f"{name}_coherence"] = disagree
     return metrics, disagreement
 
 
 def agreement(model, dataset, oracles, z):
-    """The share of z in whose images all oracles predict the same digit, the entropy of these
-    digits in nats, and the share on which the members of an oracle disagree."""
+    """The share of z in whose images all oracles predict the same digit; the entropy of these
+    digits in nats: log 10 = 2.30 if all are equally frequent, 0 if it is always the same one, which
+    makes coherence meaningless; the share of z on which the members of any oracle disagree."""
     parts = []
     for part in z.split(500):
         with torch.no_grad():
-            means = model.decode(part)
-        parts.append(predict(means, dataset, oracles))
-    digits, doubt = (torch.cat(outputs, 1) for outputs in zip(*parts))  # (views, samples)
+            parts.append(predict(model.decode(part), dataset.views, oracles))
+    digits, disagree = (torch.cat(outputs, 1) for outputs in zip(*parts))  # (views, samples)
     agreed = digits[0][(digits == digits[0]).all(0)]
     frequency = agreed.cpu().bincount().double() / max(1, len(agreed))
     entropy = torch.special.entr(frequency).sum().item()
-    return len(agreed) / len(z), entropy, doubt.any(0).cpu().double().mean().item()
+    return len(agreed) / len(z), entropy, disagree.any(0).cpu().double().mean().item()
 
 
 def mutual_information(model, dataset, oracles, examples=1000):
     """[meme] Table 6: I(label, oracle's weights | generated image), nats; low for realistic images.
-
-    The paper has one number per modality and does not say from which source; here every source is
-    listed: "svhn" is SVHN from itself, "mnist->svhn" SVHN from MNIST.
-    """
+    Of every source, which the paper does not name: "svhn" is SVHN from itself, "mnist->svhn" SVHN
+    from MNIST. -> metrics"""
     information, index = {}, torch.arange(min(examples, len(dataset.test)))
     for source, mask in singles(dataset.names).items():
         means = generate(model, dataset.test, mask, index)
-        for target, view in views(dataset).items():
+        for target, parts in dataset.views.items():
             key = target if target == source else f"{source}->{target}"
             with torch.no_grad():
-                nats = oracles[target].information(view(means))
+                nats = oracles[target].information(view(means, parts))
             information[key] = nats.cpu().double().mean().item()
     return {"mutual_information": information}
 
 
 def latent_samples(model, split, mask, index):
-    """z ~ q(z|mask's modalities), one per example of `index`. -> (n, L), numpy"""
-    with torch.no_grad():
-        parts = [model.posterior(*data.select(split, mask, i)).sample() for i in index.split(500)]
-    return torch.cat(parts).cpu().double().numpy()
+    """z ~ q(z|the modalities of the mask), one per example of `index`. -> (n, L), numpy"""
+    z = []
+    for part in index.split(BATCH):
+        with torch.no_grad():
+            z.append(model.sample_posterior(data.select(split, mask, part), 1)[0])
+    return torch.cat(z).cpu().double().numpy()
 
 
 def latent_accuracy(model, dataset):
     """[meme] Table 4: accuracy of a linear classifier of z ~ q(z|x_m), fit on every training image
-    once."""
+    once. Modalities are left out where training shows fewer than two classes, or test none.
+    -> metrics"""
     accuracy = {}
     for m, (name, mask) in enumerate(singles(dataset.names).items()):
-        index = np.unique(dataset.train.rows[m].cpu(), return_index=True)[1]
-        index = torch.from_numpy(index)
-        if dataset.mask is not None:
-            index = index[dataset.mask[index, m]]
-        train_z = latent_samples(model, dataset.train, mask, index)
-        shown = torch.arange(len(dataset.test))
-        if dataset.test_mask is not None:
-            shown = shown[dataset.test_mask[:, m]]
-        test_z = latent_samples(model, dataset.test, mask, shown)
-        train_y, test_y = dataset.train.labels.cpu()[index], dataset.test.labels.cpu()[shown]
+        train = rows_with(dataset.mask, [m], len(dataset.train))
+        train = train[np.unique(dataset.train.rows[m].cpu()[train], return_index=True)[1]]
+        test = rows_with(dataset.test_mask, [m], len(dataset.test))
+        train_y, test_y = dataset.train.labels.cpu()[train], dataset.test.labels.cpu()[test]
+        if len(train_y.unique()) < 2 or not len(test_y):
+            continue
+        train_z = latent_samples(model, dataset.train, mask, train)
+        test_z = latent_samples(model, dataset.test, mask, test)
         accuracy[name] = linear_probe(train_z, train_y.numpy(), test_z, test_y.numpy())
-    return {"latent_accuracy": accuracy}
+    return {"latent_accuracy": accuracy} if accuracy else {}
 
 
 def log_likelihood(model, xs, samples=1000, given=None):
@@ -374,420 +514,104 @@ def log_likelihood(model, xs, samples=1000, given=None):
 
     q is the posterior of xs, p(z) the model's prior. With `given`, the other modalities, it is
     log p(xs|given): p(z) is the posterior of `given`, q that of both. The likelihoods' weights in
-    training do not count. Memory grows with samples x B.
-    """
-    if given is None:
-        q, p = model.posterior(*xs), model.prior(*xs)
-    else:
-        known = [g if x is None else x for x, g in zip(xs, given)]
-        q, p = model.posterior(*known), model.posterior(*given)
-    z = q.sample((samples,))  # (K, B, L)
-    return npz.log_weights(model, xs, p, q, z).logsumexp(0) - math.log(samples)
+    training do not count."""
+    with torch.no_grad():
+        if given is None:
+            q, p = model.posterior(*xs), model.prior(*xs)
+        else:
+            both = [g if x is None else x for x, g in zip(xs, given)]
+            q, p = model.posterior(*both), model.posterior(*given)
+        log_w = log_weights(model, xs, p, q, q.sample((samples,)))
+    return log_w.logsumexp(0) - math.log(samples)
 
 
 def log_likelihoods(model, dataset, examples=100, samples=1000, priors=None):
-    """[meme] Table 2: means over test examples, spread over the test set, of log p(x_m),
-    log p(x_1, ..., x_M) and log p(x_m|all others), in nats.
+    """[meme] Table 2: means over test examples, spread over those that show every modality, of
+    log p(x_m), log p(x_1, ..., x_M) and log p(x_m|all others), in nats.
 
     log_likelihood_rise says how far each may be too low: its rise from K/10 to K samples, K being
     `samples`. priors: the modalities whose prior was trained; None: all. log p(x_m) is left out for
     the others, log p(x_1, ..., x_M) where they are fewer than two.
-    """
+    -> metrics; {} where no test example shows every modality"""
     names = dataset.names
     priors = names if priors is None else priors
     cases = {name: (mask, None) for name, mask in singles(names).items() if name in priors}
     if len(priors) > 1:
         cases[",".join(names)] = ((True,) * len(names), None)
     for name, mask in singles(names).items():
-        others = tuple(not shown for shown in mask)
+        others = tuple(not target for target in mask)
         cases[f"{name}|{','.join(n for n in names if n != name)}"] = (mask, others)
-    with torch.no_grad():
-        prior = model.prior()
-        z = prior.sample((1,))
-        features = [math.prod(x.shape[1:]) for x in model.decode(z)]
-    components = 0  # of the prior, each evaluated at every z
-    if isinstance(prior, MixtureSameFamily):
-        components = prior.mixture_distribution.probs.shape[-1]
-    rows = torch.arange(len(dataset.test))
-    if dataset.test_mask is not None:  # the examples that show everything
-        rows = rows[dataset.test_mask.all(1)]
+    rows = rows_with(dataset.test_mask, range(len(names)), len(dataset.test))
     if not len(rows):
-        progress("no log-likelihoods: no test example shows every modality")
         return {}
-    rows = rows[npz.spread(len(rows), examples)]
-    budget = 2**20 if z.device.type == "cpu" else 2**26  # numbers that fit the cache, or the GPU
+    rows = rows[spread(len(rows), examples)]
     tenths = [len(part) for part in torch.arange(samples).tensor_split(min(10, samples))]
+    shares = torch.tensor(tenths)[:, None] / samples
     likelihoods, rises = {}, {}
     for case, (mask, others) in cases.items():
-        size = sum(n for n, shown in zip(features, mask) if shown)  # per sample and example
-        if others is None:
-            size = max(size, components * z.shape[-1])
-        block = min(tenths[0], max(1, budget // size))  # samples
         nats, fewer = [], []
-        chunk = max(1, budget // (block * size))  # examples
-        for index in rows.split(chunk):
-            given = None if others is None else data.select(dataset.test, others, index)
+        for index in rows.split(BATCH):
             xs = data.select(dataset.test, mask, index)
-            sums = []  # of the weights of each tenth of the samples, in logs
-            for count in tenths:
-                blocks = [len(part) for part in torch.arange(count).split(block)]
-                with torch.no_grad():
-                    parts = [log_likelihood(model, xs, k, given) + math.log(k) for k in blocks]
-                sums.append(torch.stack(parts).logsumexp(0))
-            nats.append(torch.stack(sums).logsumexp(0) - math.log(samples))
-            means = [total - math.log(count) for total, count in zip(sums, tenths)]
-            fewer.append(torch.stack(means).mean(0))
-        likelihoods[case] = torch.cat(nats).cpu().double().mean().item()
-        rises[case] = likelihoods[case] - torch.cat(fewer).cpu().double().mean().item()
+            given = None if others is None else data.select(dataset.test, others, index)
+            parts = [log_likelihood(model, xs, k, given).cpu().double() for k in tenths]
+            fewer.append(torch.stack(parts))  # (10, B)
+            nats.append((fewer[-1] + shares.log()).logsumexp(0))
+        likelihoods[case] = torch.cat(nats).mean().item()
+        rises[case] = likelihoods[case] - torch.cat(fewer, 1).mean().item()
     return {"log_likelihood": likelihoods, "log_likelihood_rise": rises}
 
 
-def trained_priors(model, args, dataset):
-    """The names of the modalities whose own prior p(z) the run has trained: all, unless the model
-    says otherwise, as MEME does (eq. 4)."""
-    if not hasattr(model, "trained_priors"):
-        return dataset.names
-    return model.trained_priors([mask for mask, _ in training_streams(args, dataset)])
+def distances(model, split, a, b, rows=None, n=500):
+    """W2 between q(z|x_a) and q(z|x_b) of n random examples that differ in x_a, out of `rows`.
+    -> (n, n), index"""
+    rows = torch.arange(len(split)) if rows is None else rows
+    index = rows[np.unique(split.rows[a].cpu()[rows], return_index=True)[1]]
+    index, moments = index[torch.randperm(len(index))[:n]], []
+    for m in (a, b):
+        mask = [k == m for k in range(len(split.bases))]
+        with torch.no_grad():
+            q = model.posterior(*data.select(split, mask, index))
+        moments += [q.mean.cpu().double().numpy(), q.stddev.cpu().double().numpy()]
+    mean_a, std_a, mean_b, std_b = moments  # (n, L)
+    d = [w2(mu, std, mean_b, std_b, covariance=False) for mu, std in zip(mean_a, std_a)]
+    return np.stack(d), index
 
 
-def training_streams(args, dataset):
-    """The streams that a run with these args was trained on."""
-    return data.pairing(
-        len(dataset.train),
-        dataset.names,
-        args["paired"],
-        args["unpaired"],
-        seed=args.get("seed", 0),
-        mask=dataset.mask,
-        groups=dataset.groups,
-    )
+def latent_points(model, dataset, n=1000):
+    """z ~ q(z|x_m) of n test examples, for one modality m after the other.
+    -> (M n, L), their labels (M n,)"""
+    test = dataset.test
+    rows = [rows_with(dataset.test_mask, [m], len(test)) for m in range(len(dataset.names))]
+    n = min(n, *map(len, rows))
+    rows, masks = [index[:n] for index in rows], singles(dataset.names).values()
+    z = [latent_samples(model, test, mask, index) for mask, index in zip(masks, rows)]
+    return np.concatenate(z), np.concatenate([test.labels.cpu()[index] for index in rows])
 
 
-MOST_LABELS = 200  # the memory of a logistic regression grows with their square
-
-
-def evaluate(
-    model,
-    dataset,
-    oracles,
-    examples=100,
-    samples=1000,
-    seed=0,
-    root="./data",
-    priors=None,
-    streams=None,
-):
-    """All metrics that apply to the data set, or its own, if its file in benchmarks/ has some.
-
-    oracles: {view: Oracle}; examples, samples: N and K of the likelihoods, examples=0: none;
-    priors: see log_likelihoods; streams: see npz.evaluate.
-    "disagreement" holds the shares of images on which the members of an oracle disagree, under the
-    names of the metrics.
-    """
-    torch.manual_seed(seed)
-    model.eval()
-    benchmark = data.benchmark(dataset.name)
-    if hasattr(benchmark, "evaluate"):
-        progress("the metrics of its benchmark")
-        return benchmark.evaluate(model, dataset, root, seed)
-    if hasattr(benchmark, "correlated"):
-        progress("correlations of generated pairs")
-        return correlations(*benchmark.correlated(model, dataset, root))
-    metrics = {}
-    if oracles and in_parts(dataset):
-        progress("accuracy of regenerated images")
-        metrics, disagreement = split_accuracy(model, dataset, oracles)
-        metrics["disagreement"] = disagreement
-    elif oracles:
-        progress("coherence of generated images")
-        metrics, disagreement = coherence(model, dataset, oracles)
-        joint, doubt = joint_coherence(model, dataset, oracles)
-        metrics |= joint
-        metrics["disagreement"] = disagreement | doubt
-        progress("mutual information of label and oracle")
-        metrics |= mutual_information(model, dataset, oracles)
-    elif is_own(dataset):
-        progress("regenerated examples")
-        metrics |= npz.evaluate(model, dataset, seed, streams)
-    labelled = dataset.train.labels is not None and dataset.test.labels is not None
-    if labelled and len(dataset.train.labels.unique()) > MOST_LABELS:
-        progress(f"no classifier of z: there are more than {MOST_LABELS} label values")
-    elif labelled:
-        progress("a linear classifier of z")
-        metrics |= latent_accuracy(model, dataset)
-    if examples:
-        progress(f"log-likelihoods of {examples:,} examples, {samples:,} samples of z each")
-        metrics |= log_likelihoods(model, dataset, examples, samples, priors)
-    return metrics
-
-
-def progress(task):
-    print(f"evaluating: {task} ...", file=sys.stderr)
-
-
-def is_own(dataset):
-    """True for a data set with neither oracles nor metrics of its own, as a user's arrays."""
-    benchmark = data.benchmark(dataset.name)
-    return not any(hasattr(benchmark, hook) for hook in ("views", "evaluate", "correlated"))
-
-
-# --------------------------------------------------------------------------------- runs and results
-
-SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
-
-
-class Run(NamedTuple):
-    folder: Path
-    args: dict  # args.json
-    epoch: int  # epochs of training
-    minutes: float  # of training
-    model: "torch.nn.Module"
-    log: tuple = ()  # the rows of log.csv
-
-
-def load_run(folder, device="cpu"):
-    """The trained model of a run folder, in eval mode. ValueError where it cannot be read."""
-    args, state = data.read_run(folder, device)
-    try:
-        if args["script"] not in SCRIPTS:  # nothing else is imported
-            raise ValueError(
-                f"the script must be one of {', '.join(SCRIPTS)}, not {args['script']}"
-            )
-        cls = getattr(importlib.import_module(args["script"]), args["model"])
-        model = cls(nets.modalities(**args["spec"]), args["latent_dim"], **args["options"])
-        model.load_state_dict(state["model"])
-        log = [
-            {key.replace("nats_", "log_p_", 1): value for key, value in row.items()}
-            for row in state["log"]
-        ]
-        minutes = sum(row["seconds"] for row in log) / 60
-    except Exception as error:  # args.json and checkpoint.pt do not fit together
-        reason = " ".join(str(error).split())  # torch's have several lines
-        raise ValueError(f"{folder} cannot be loaded: {reason}") from None
-    return Run(Path(folder), args, int(state["epoch"]), minutes, model.to(device).eval(), log)
-
-
-def prepare(name, root, device, spec, limit=None):
-    """A data set as a run with this spec was trained on it, on the device, with its oracles. limit:
-    the first N training examples of an .npz.
-    -> Dataset, {view: Oracle}, {view: test accuracy}"""
-    arrays = spec.get("arrays", {}) if name.endswith(".npz") else {}
-    stats = {key: array.get("stats", {}) for key, array in arrays.items()}
-    likelihoods = [array["likelihood"] for array in arrays.values()] or spec.get("likelihoods")
-    dataset = data.load(name, root, limit, likelihoods, stats)
-    dataset = dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
-    oracles, accuracies = {}, {}
-    if hasattr(data.benchmark(name), "views"):
-        for view in views(dataset):
-            oracles[view], accuracies[view] = load_oracle(dataset, view, root)
-    return dataset, oracles, accuracies
-
-
-def measure(run, dataset, oracles, accuracies, root, examples=100, samples=1000, seed=0):
-    """The contents of metrics.json. ValueError for a run that was trained on other data."""
-    same = [
-        run.args["spec"].get(k) == dataset.spec.get(k) for k in ("arrays", "shapes", "vocabulary")
-    ]
-    same.append([m.name for m in run.model.modalities] == list(dataset.names))
-    if not all(same) or run.args.get("note", "") != dataset.note:
-        raise ValueError(f"{run.folder} was trained on other data than {dataset.name} holds now")
-    print(f"evaluating {run.folder} ...", file=sys.stderr)
-    examples = min(examples, len(dataset.test))
-    priors = trained_priors(run.model, run.args, dataset)
-    streams = training_streams(run.args, dataset) if is_own(dataset) else None
-    metrics = evaluate(run.model, dataset, oracles, examples, samples, seed, root, priors, streams)
-    return metrics | {
-        "prior": len(priors) > 1,
-        "oracle": accuracies,
-        "data": f"{dataset.name}: {dataset.note}" if dataset.note else dataset.name,
-        "run": run.args,
-        "folder": str(run.folder),
-        "epoch": run.epoch,
-        "minutes": run.minutes,
-        "samples": samples,
-        "examples": examples,
-        "pseudo": grey_bernoulli(run.model, dataset),
-    }
-
-
-def grey_bernoulli(model, dataset):
-    """True where a Bernoulli likelihood scores values between 0 and 1."""
-    return any(
-        modality.likelihood == "bernoulli" and base.dtype != torch.bool
-        for modality, base in zip(model.modalities, dataset.test.bases)
-    )
-
-
-# -------------------------------------------------------------------------- python eval.py runs/...
-
-
-def fill(run, args):
-    """--fill: writes args.out and prints its contents."""
-    dataset = None
-    if "arrays" in run.args["spec"] and args.samples is None:
-        try:
-            dataset, _, _ = prepare_run(run, args)
-        except (ValueError, OSError) as error:
-            print(f"no intervals, since they need the run's data: {error}", file=sys.stderr)
-    mask = npz.fill(
-        run.model,
-        run.args["spec"],
-        args.fill,
-        args.out,
-        draws=args.samples,
-        seed=args.seed,
-        dataset=dataset,
-        level=args.interval,
-    )
-    print(f"{args.out} has latent_mean and latent_std of {len(mask):,} examples, and of each")
-    for modality, shown in zip(run.model.modalities, mask.T):
-        name = drawing.label(modality.name)
-        print(f"    {name}, shown in {shown.sum():,} rows, filled in in {(~shown).sum():,}")
-
-
-def prepare_run(run, args):
-    """`prepare` for a run, whose .npz may have moved (--dataset) and must have the same contents."""
-    name = args.dataset or run.args["dataset"]
-    limit = run.args.get("limit") if name.endswith(".npz") else None
-    if name.endswith(".npz") and not Path(name).exists():
-        raise ValueError(f"there is no {name}: --dataset NEW.npz says where it lies now")
-    root = args.data or run.args["data"]
-    prepared = prepare(name, root, args.device, run.args["spec"], limit)
-    if run.args.get("digest", prepared[0].digest) != prepared[0].digest:
-        raise ValueError(f"{name} does not hold the data that {run.folder} was trained on")
-    return prepared
-
-
-def draw(run, dataset, oracles, folder, root, seed=0):
-    """Draw the figures of a run. -> generations' rows, or None; paths that could not be drawn"""
-    return figures.draw(
-        run,
-        dataset,
-        folder,
-        root,
-        seed,
-        masks=subsets(dataset.names),
-        views=views(dataset),
-        predict=partial(predict, dataset=dataset, oracles=oracles) if oracles else None,
-        latent_samples=latent_samples,
-        w2=w2,
-        has_prior=len(trained_priors(run.model, run.args, dataset)) > 1,
-        own=is_own(dataset),
-    )
-
-
-def evaluate_run(run, args, prepared):
-    """Measure a run, write its metrics.json, draw its figures. prepared: the data sets of runs
-    before, each with its oracles.
-    -> metrics; generations' rows, or None; paths of figures that could not be drawn"""
-    name, spec = args.dataset or run.args["dataset"], run.args["spec"]
-    root = args.data or run.args["data"]
-    kept = [spec.get(k) for k in ("arrays", "likelihoods")]
-    key = name, root, json.dumps([*kept, run.args.get("limit"), run.args.get("digest")])
-    if key not in prepared:
-        prepared[key] = prepare_run(run, args)
-    dataset, oracles, accuracies = prepared[key]
-    examples = len(dataset.test) if args.full else 100
-    if args.no_likelihoods:
-        examples = 0
-    samples = args.samples or 1000
-    metrics = measure(run, dataset, oracles, accuracies, root, examples, samples, args.seed)
-    save_metrics(run.folder / "metrics.json", metrics)
-    if args.save:
-        save_result(args.save, metrics, run.log)
-    if not args.figures:
-        return metrics, None, []
-    return metrics, *draw(run, dataset, oracles, args.figures, root, args.seed)
-
-
-def parser():
-    p = argparse.ArgumentParser(
-        description="Evaluate trained models on test examples, or fill in what new examples lack.",
-        epilog="""Writes metrics.json into each folder and prints one table of all runs; runs that
-        differ in --seed alone share a row. NEW.npz has arrays named like the modalities of the run,
-        each absent or hidden row by row by an array `mask` (examples, modalities). FILLED.npz gets
-        latent_mean, latent_std and the mean of every modality given what a row shows, in the units
-        and shapes of the data.""",
-        allow_abbrev=False,
-    )
-    p.suggest_on_error = True  # Python 3.14 and newer
-    flag = p.add_argument
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("runs", nargs="+", type=Path, help="run folders, or a .jsonl of saved results")
-    flag("--figures", metavar="DIR", type=Path, help="draw figures into this folder")
-    flag("--save", metavar="FILE.jsonl", type=Path, help="append results and logs to this file")
-    flag("--data", metavar="DIR", help="folder of the data sets (default: that of the training)")
-    flag("--dataset", metavar="NEW.npz", help="where a run's .npz lies now, if it has moved")
-    flag("--seed", type=int, default=0, help="random seed of the samples of z (default: 0)")
-    samples = "samples of z per log-likelihood (default: 1000); with --fill: write N draws of x"
-    flag("--samples", metavar="N", type=int, help=samples)
-    flag("--full", action="store_true", help="log-likelihoods of all test examples, not of 100")
-    flag("--no-likelihoods", action="store_true", help="no log-likelihoods, the slowest metric")
-    flag("--paper", action="store_true", help="print the papers' numbers under ours")
-    flag("--against", metavar="FLAG", default="paired", help="x-axis of curves (default: paired)")
-    flag("--device", default=cuda, help=f"a torch device: cuda, cuda:1, mps, cpu (default: {cuda})")
-    flag("--fill", metavar="NEW.npz", help="new examples to fill in, with --out")
-    flag("--out", metavar="FILLED.npz", help="the file that --fill writes")
-    interval = "level of the intervals NAME_low, NAME_high that --fill writes (default: 0.9)"
-    flag("--interval", metavar="P", type=float, default=0.9, help=interval)
-    return p
-
-
-def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the arrows of a table
-    p = parser()
-    args = p.parse_args(argv)
-    if bool(args.fill) != bool(args.out):
-        p.error("--fill NEW.npz and --out FILLED.npz must be given together")
-    if args.fill and len(args.runs) > 1:
-        p.error(f"--fill must be given one run, not {len(args.runs)}")
-    if not 0 < args.interval < 1:
-        p.error(f"--interval must be between 0 and 1, not {args.interval}")
-    if args.samples is not None and args.samples < 1:
-        p.error(f"--samples must be 1 or more, not {args.samples}")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):  # torch was built without it, or it is not there
-        p.error(f"--device {args.device} is not available here")
-    if args.figures:
-        try:
-            drawing.pyplot()
-        except ValueError as error:
-            p.error(str(error))
-
-    results, pages, errors, prepared = [], {}, [], {}
-    for path in dict.fromkeys(args.runs):
-        try:
-            if args.fill:
-                fill(load_run(path, args.device), args)
-            elif path.suffix == ".jsonl":
-                results += read_results(path)
-            elif not (path / "checkpoint.pt").exists() and (path / "metrics.json").exists():
-                print(f"{path} has no checkpoint: shown from its metrics.json", file=sys.stderr)
-                results += read_results(path)
-            else:
-                metrics, rows, failed = evaluate_run(load_run(path, args.device), args, prepared)
-                results.append(metrics)
-                pages[metrics["folder"]] = rows
-                errors += failed
-        except (ValueError, OSError) as error:  # the other runs are evaluated all the same
-            print(f"{p.prog}: {error}", file=sys.stderr)
-            errors.append(error)
-
-    if results:
-        single = len(args.runs) == len(results) == 1
-        print(report(results[0], args.paper) if single else table(results, args.paper))
-    if results and args.figures:
-        against = args.against.replace("-", "_")
-        try:
-            errors += figures.draw_results(results, pages, args.figures, against)
-        except ValueError as error:  # --against is no flag with numbers
-            print(f"{p.prog}: {error}", file=sys.stderr)
-            errors.append(error)
-    if errors:
-        sys.exit(2)
+def gradient_ratios(model, xs, draws=30):
+    """[meme] Fig. 10: log10 |mean| / std of every entry of MEME's gradient, with and without that
+    of w, clamped to [-4, 2]; mean and std are over draws of z.
+    -> {"w detached": {"encoders": (n,), "decoders": (n,)}, "eq. (7)": ...}"""
+    model = copy.deepcopy(model)
+    model.kl = "sample"  # eq. (6), whose gradient is eq. (7)
+    parts = {"encoders": model.encoders, "decoders": model.decoders}
+    sizes = [sum(weight.numel() for weight in part.parameters()) for part in parts.values()]
+    weights, ratios = [w for part in parts.values() for w in part.parameters()], {}
+    for name, full in (("w detached", False), ("eq. (7)", True)):
+        model.full_gradient, total, squares = full, 0, 0
+        for _ in range(draws):
+            gradient = torch.autograd.grad(model.objective(*xs), weights)
+            gradient = torch.cat([g.flatten() for g in gradient]).cpu().double()
+            total, squares = total + gradient, squares + gradient**2
+        mean = total / draws
+        std = (squares / draws - mean**2).clamp_min(0).sqrt()
+        ratio = (mean.abs() / std).log10().clamp(-4, 2).split(sizes)
+        varies = (std > 0).split(sizes)
+        ratios[name] = {part: r[v] for part, r, v in zip(parts, ratio, varies)}
+    return ratios
 
 
 if __name__ == "__main__":
+    from evaluation.command import main
+
     main()

@@ -20,12 +20,12 @@ from torch import nn
 
 LIKELIHOODS = ("bernoulli", "laplace", "normal", "poisson", "negative-binomial", "categorical")
 PAD = 1  # the index of <pad> in every vocabulary: padding is not scored
-NO_CLASS = -100  # F.cross_entropy's ignore_index where every class is scored
+WORDS = 32  # the length of a caption
 MIN_LOGVAR = 2 * math.log(1e-3)  # posterior scales stay above 1e-3, or a KL of 1/scale^2 explodes
 
 
 class Modality(NamedTuple):
-    """One modality, as a model sees it.
+    """One modality, as a model sees it, and what its values are.
 
     encoder(latent_dim) builds a module from x to (mu, logvar), each (B, L); decoder(latent_dim) one
     from z, with any leading axes, to the likelihood's parameter: logits (bernoulli, categorical),
@@ -34,8 +34,12 @@ class Modality(NamedTuple):
     learned: the parameter has one more axis, of length 2, for location and log scale. That of
     negative-binomial has it, too, for log rate and log dispersion.
 
-    A class, one of C per example, has the shape () and the likelihood categorical: x is int64 (B,),
-    its parameter (..., B, C). Counts are whole numbers from 0 on, as floats.
+    kind: class, words, bits, bytes, greys, counts or numbers; see KINDS in loaders/arrays.py. A
+    class, one of `classes` per example, has the shape () and the likelihood categorical: x is int64
+    (B,), its parameter (..., B, classes); of words `classes` is the size of the vocabulary. Counts
+    are whole numbers from 0 on, as floats. stats: {"mean", "std"}, nested lists of x's shape, with
+    which numbers were standardised; None: they were not. unseen: features of a table that no
+    training example shows, always NaN.
     """
 
     name: str
@@ -44,24 +48,73 @@ class Modality(NamedTuple):
     decoder: Callable
     likelihood: str
     weight: float = 1.0
-    scale: float = 1.0
+    scale: float | None = 1.0
+    kind: str = "numbers"
+    classes: int | None = None
+    stats: dict | None = None
+    unseen: tuple[int, ...] = ()
+
+
+def observed(modalities, xs):
+    """The indices of the modalities that xs, M tensors or None, shows. ValueError where xs does not
+    fit: a wrong number of entries, none shown, no examples, a wrong shape or dtype and, on a CPU,
+    values that a likelihood does not take."""
+    if len(xs) != len(modalities):
+        raise ValueError(f"the model has {len(modalities)} modalities, not {len(xs)}")
+    indices = [m for m, x in enumerate(xs) if x is not None]
+    if not indices:
+        raise ValueError("no modality is observed: at least one must be a tensor, not None")
+    for m in indices:
+        check_values(modalities[m], xs[m])
+    return indices
+
+
+def check_values(modality, x):
+    """ValueError unless x is (B, *shape) with B > 0, of the likelihood's dtype and, on a CPU, in its
+    range: elsewhere reading the values would make the CPU wait for the device."""
+    name, likelihood = modality.name, modality.likelihood
+    if x.shape[1:] != torch.Size(modality.shape) or not len(x):
+        expected = ("B > 0", *modality.shape)
+        raise ValueError(f"{name} must have the shape {expected}, not {tuple(x.shape)}")
+    integers = likelihood == "categorical"
+    if x.is_floating_point() == integers or x.dtype == torch.bool:
+        kind = "integers" if integers else "floats"
+        raise ValueError(f"{name} must hold {kind} ({likelihood}), not {x.dtype}")
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    last = math.inf if modality.classes is None else modality.classes - 1
+    ranges = {
+        "bernoulli": (1.0, "values in [0, 1]"),
+        "poisson": (math.inf, "counts from 0 on"),
+        "negative-binomial": (math.inf, "counts from 0 on"),
+        "categorical": (last, f"integers from 0 to {last}"),
+    }
+    if likelihood in ranges:
+        highest, values = ranges[likelihood]
+        low, high = torch.aminmax(x)
+        if low < 0 or high > highest:
+            raise ValueError(f"{name} must hold {values} ({likelihood}), not {low:g} to {high:g}")
 
 
 def log_prob(modality, parameter, x):
     """log p(x|z), summed over the features, constants kept, unweighted, in nats.
 
     parameter (..., B, *shape), for categorical (..., B, *shape, V), for a learned scale or
-    dispersion (..., B, *shape, 2); x (B, *shape) -> (..., B), float32. Padding in a caption is not
+    dispersion (..., B, *shape, 2); x (B, *shape) -> (..., B), float32 or wider. Padding in a caption is not
     scored, nor is NaN, a missing entry, under a learned scale. Bernoulli also takes greys in
     [0, 1], which makes it a pseudo-likelihood. ValueError where a shape does not fit: nothing is
     broadcast.
     """
     check_shapes(modality, parameter, x)
-    parameter, features = parameter.float(), tuple(range(-len(modality.shape), 0))
+    parameter = at_least_float32(parameter)
+    features = tuple(range(-len(modality.shape), 0))
     if modality.likelihood == "categorical":
-        x, unscored = x.expand(parameter.shape[:-1]), PAD if modality.shape else NO_CLASS
+        x = x.expand(parameter.shape[:-1])
         nats = -F.cross_entropy(
-            parameter.flatten(0, -2), x.flatten(), ignore_index=unscored, reduction="none"
+            parameter.flatten(0, -2),
+            x.flatten(),
+            ignore_index=PAD if modality.shape else -100,  # -100: every class is scored
+            reduction="none",
         ).view(x.shape)
         return nats.sum(features) if features else nats
     if modality.likelihood == "bernoulli":
@@ -72,7 +125,8 @@ def log_prob(modality, parameter, x):
         return (x * parameter - torch.exp(parameter) - torch.lgamma(x + 1)).sum(features)
     if modality.likelihood == "negative-binomial":
         log_rate, log_r = parameter.unbind(-1)
-        r, log_total = torch.exp(log_r), torch.logaddexp(log_rate, log_r)
+        r = torch.exp(log_r)
+        log_total = torch.logaddexp(log_rate, log_r)
         choose = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
         return (choose + r * (log_r - log_total) + x * (log_rate - log_total)).sum(features)
     if modality.likelihood not in ("laplace", "normal"):
@@ -139,9 +193,10 @@ def sample(modality, parameter):
         log_rate, log_r = parameter.unbind(-1)
         rate = torch.distributions.Gamma(torch.exp(log_r), torch.exp(log_r - log_rate)).sample()
         return torch.poisson(rate)
-    location, log_scale = parameter, torch.tensor(math.log(modality.scale or 1))
     if modality.scale is None:
         location, log_scale = parameter.unbind(-1)
+    else:
+        location, log_scale = parameter, torch.tensor(math.log(modality.scale))
     family = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
     return family[modality.likelihood](location, torch.exp(log_scale)).sample()
 
@@ -149,19 +204,26 @@ def sample(modality, parameter):
 # ---------------------------------------------------------------------------------- building blocks
 
 
+def at_least_float32(x):
+    """bfloat16 and float16, which autocast returns, as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def gaussian(h):
-    """(B, 2L) -> mu, logvar, each (B, L), float32, the scale smoothly floored at 1e-3."""
-    mu, logvar = h.float().chunk(2, -1)
+    """(B, 2L) -> mu, logvar, each (B, L), the scale smoothly floored at 1e-3."""
+    mu, logvar = at_least_float32(h).chunk(2, -1)
     return mu, MIN_LOGVAR + F.softplus(logvar - MIN_LOGVAR)
 
 
 def apply(net, x, running=False):
-    """net(x). BatchNorm uses its running statistics with running=True, and for a batch of one, which
-    has no variance; a copy of them, since a later batch changes them before the backward pass."""
+    """net(x), x being a tensor or a list of tensors. BatchNorm takes its running statistics with
+    running=True, and for a batch of one, which has no variance: a copy of them, since a later batch
+    changes them before the backward pass."""
     norms = [
         m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
-    if not norms or not (running or len(x) == 1):
+    examples = len(x) if isinstance(x, torch.Tensor) else len(x[0])
+    if not norms or not (running or examples == 1):
         return net(x)
     for norm in norms:
         norm.eval()
@@ -174,15 +236,26 @@ def apply(net, x, running=False):
 
 class Encoder(nn.Module):
     """x -> mu, logvar of a Gaussian over z: a trunk with `width` outputs, one linear head for
-    both."""
+    both. Models take any other module from x to mu and logvar, too."""
 
     def __init__(self, trunk, width, latent_dim):
         super().__init__()
         self.trunk, self.width = trunk, width
         self.head = nn.Linear(width, 2 * latent_dim)
 
-    def forward(self, x, running=False):
-        return gaussian(self.head(apply(self.trunk, x, running)))
+    def forward(self, x):
+        return gaussian(self.head(self.trunk(x)))
+
+
+class Moments(nn.Module):
+    """x -> [mu, logvar] of an encoder, (B, 2L): the features of one without a trunk."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        return torch.cat(self.encoder(x), -1)
 
 
 class Joint(nn.Module):
@@ -192,20 +265,22 @@ class Joint(nn.Module):
     def __init__(self, modalities, latent_dim):
         super().__init__()
         encoders = [m.encoder(latent_dim) for m in modalities]
-        self.trunks = nn.ModuleList(encoder.trunk for encoder in encoders)
+        trunks = [e.trunk if isinstance(e, Encoder) else Moments(e) for e in encoders]
+        widths = [e.width if isinstance(e, Encoder) else 2 * latent_dim for e in encoders]
+        self.trunks = nn.ModuleList(trunks)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(e.width, 512), nn.ReLU()) for e in encoders
+            nn.Sequential(nn.Linear(width, 512), nn.ReLU()) for width in widths
         )
         self.head = nn.Linear(512 * len(encoders), 2 * latent_dim)
 
     def forward(self, xs):
-        h = [layer(apply(trunk, x)) for trunk, layer, x in zip(self.trunks, self.layers, xs)]
+        h = [layer(trunk(x)) for trunk, layer, x in zip(self.trunks, self.layers, xs)]
         return gaussian(self.head(torch.cat(h, -1)))
 
 
 class Decoder(nn.Module):
-    """z (..., L) -> the likelihood's parameter (..., *shape), float32; the leading axes are
-    flattened into one batch."""
+    """z (..., L) -> the likelihood's parameter (..., *shape); the leading axes are flattened into
+    one batch."""
 
     def __init__(self, net, shape):
         super().__init__()
@@ -213,7 +288,7 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         h = apply(self.net, z.reshape(-1, z.shape[-1]))
-        return h.float().view(*z.shape[:-1], *self.shape)
+        return at_least_float32(h).view(*z.shape[:-1], *self.shape)
 
 
 class Map(nn.Module):
@@ -279,14 +354,14 @@ class LogCounts(nn.Module):
         return ((logs - self.centre) * self.factor).flatten(1)
 
 
-class Observed(nn.Module):
+class NaNToZero(nn.Module):
     """Numbers as they are, missing ones (NaN) as 0, the mean."""
 
     def forward(self, x):
         return x.nan_to_num(0.0).flatten(1)
 
 
-class Learned(nn.Module):
+class LearnedScale(nn.Module):
     """(B, *shape) -> (B, *shape, 2): the second is a learned number for each feature, the log of a
     scale or of a dispersion, which stays above `floor`."""
 
@@ -305,12 +380,12 @@ class OneHot(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        self.classes = classes
+        self.register_buffer("classes", torch.arange(float(classes)), persistent=False)
 
     def forward(self, x):
         if x.is_floating_point():
             return x.softmax(-1)
-        return (x[:, None] == torch.arange(self.classes, device=x.device)).float()
+        return (x[:, None] == self.classes).to(self.classes.dtype)
 
 
 # ----------------------------------------------------------------------------- the papers' networks
@@ -324,21 +399,24 @@ def mlp_encoder(sizes, latent_dim, activation=nn.ReLU, norm=False, first=nn.Flat
     return Encoder(nn.Sequential(*layers), sizes[-1], latent_dim)
 
 
-def mlp_decoder(
-    sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash=False, start=None, learned=()
-):
-    """sizes: one per layer, the output's width last; squash: a sigmoid, for a location in (0, 1);
-    start: the biases that the output starts with; learned: arguments of Learned."""
+def mlp_decoder(sizes, shape, latent_dim, activation=nn.ReLU, norm=False, squash=False):
+    """sizes: one per layer, the output's width last; squash: a sigmoid, for a location in (0, 1)."""
     layers, a = [], latent_dim
     for b in sizes[:-1]:
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
         a = b
     layers += [nn.Linear(a, sizes[-1]), *([nn.Sigmoid()] if squash else [])]
-    if start is not None:
-        layers[-1].bias.data.copy_(start.flatten())
-    if learned:
-        layers.append(Learned(*learned))
     return Decoder(nn.Sequential(*layers), shape)
+
+
+def marginal_decoder(sizes, shape, start, latent_dim, learned=None):
+    """An mlp_decoder whose output starts at `start`, its last biases. learned: a function that
+    builds the module after the output, a LearnedScale."""
+    decoder = mlp_decoder(sizes, shape, latent_dim)
+    decoder.net[-1].bias.data.copy_(start.flatten())
+    if learned is not None:
+        decoder.net.append(learned())
+    return decoder
 
 
 def image_encoder(shape, channels, latent_dim):
@@ -418,10 +496,10 @@ def caption_decoder(embedding, latent_dim):
     """The mirror of caption_encoder, from 512x4x4 to 1x32x128, then to 32xV by the transpose of the
     encoder's embedding."""
     layers = [nn.Linear(latent_dim, 512 * 4 * 4), nn.ReLU(), Map(512, 4, 4)]
-    for a, b, *geometry in CAPTION_LAYERS[:0:-1]:
+    for a, b, *geometry in reversed(CAPTION_LAYERS[1:]):
         layers += [nn.ConvTranspose2d(b, a, *geometry, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
     layers += [nn.ConvTranspose2d(32, 1, 4, 2, 1), nn.ReLU(), WordLogits(embedding)]
-    return Decoder(nn.Sequential(*layers), (32, len(embedding)))
+    return Decoder(nn.Sequential(*layers), (WORDS, len(embedding)))
 
 
 # --------------------------------------------------------------------------- data set -> modalities
@@ -429,24 +507,14 @@ def caption_decoder(embedding, latent_dim):
 BANDS = {"mnist-split": ("top", "bottom"), "mnist-split3": ("top", "middle", "bottom")}
 
 
-def modalities(
-    name,
-    shapes=None,
-    vocabulary=None,
-    width=1.0,
-    likelihoods=None,
-    weights=None,
-    arrays=None,
-    frequencies=None,
-):
+def modalities(name, likelihoods=None, weights=None, width=1.0, **facts):
     """The modalities of a data set, from which a model is built.
 
     name: glyphs, mnist-split, mnist-split3, mnist-svhn, cub, spectra, or npz for a user's own
-    arrays. shapes: {"image": shape} of cub's features, where they are not 2,048. vocabulary: the
-    number of words in cub's captions. width: factor on the layer sizes of spectra. likelihoods,
-    weights: one per modality, in place of the defaults. arrays: {modality: arguments of
-    user_array}, for npz. frequencies: of each bit of spectra's fingerprints in training, at which
-    their output starts.
+    arrays. likelihoods, weights: one per modality, in place of the defaults. width: factor on the
+    layer sizes of spectra. facts: of cub `vocabulary`, the number of words, and `features`, those
+    of a photo, where they are not 2,048; of spectra `frequencies`, those of each bit in training,
+    at which the output starts; of npz `arrays`, {modality: arguments of array_modality}.
     Call it once per model: the caption networks of one list share an embedding. ValueError for an
     unknown name, likelihood or weight.
     """
@@ -457,11 +525,11 @@ def modalities(
     elif name in BANDS:
         chosen = [band(part, (1, 28 // len(BANDS[name]), 28)) for part in BANDS[name]]
     elif name == "cub":
-        chosen = [bird_features((shapes or {}).get("image", [2048])[0]), captions(vocabulary)]
+        chosen = [bird_features(facts.get("features", 2048)), captions(facts["vocabulary"])]
     elif name == "spectra":
-        chosen = [spectra(width), fingerprints(frequencies)]
+        chosen = [spectra(width), fingerprints(facts.get("frequencies"))]
     elif name == "npz":
-        chosen = [user_array(key, **array) for key, array in arrays.items()]
+        chosen = [array_modality(key, **array) for key, array in facts["arrays"].items()]
     else:
         raise ValueError(f"there are no networks for a data set called {name!r}")
     for flag, values in (("likelihoods", likelihoods), ("weights", weights)):
@@ -471,9 +539,9 @@ def modalities(
     if likelihoods:
         chosen = [with_likelihood(m, likelihood) for m, likelihood in zip(chosen, likelihoods)]
     if weights:
-        chosen = [m._replace(weight=float(weight)) for m, weight in zip(chosen, weights)]
-        if not all(0 <= m.weight < math.inf for m in chosen):
+        if not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(f"likelihood weights must be finite and not negative, not {weights}")
+        chosen = [m._replace(weight=weight) for m, weight in zip(chosen, weights)]
     return chosen
 
 
@@ -486,19 +554,19 @@ def flat(name, shape):
         partial(mlp_encoder, (size, 400)),
         partial(mlp_decoder, (400, size), shape),
         "bernoulli",
+        kind="bytes",
     )
 
 
 def conv(name, shape, channels):
-    encoder, decoder = (
-        partial(image_encoder, shape, channels),
-        partial(image_decoder, shape, channels),
-    )
-    return Modality(name, shape, encoder, decoder, "bernoulli")
+    encoder = partial(image_encoder, shape, channels)
+    decoder = partial(image_decoder, shape, channels)
+    return Modality(name, shape, encoder, decoder, "bernoulli", kind="bytes")
 
 
 def band(name, shape):
-    return Modality(name, shape, band_encoder, partial(band_decoder, shape), "bernoulli")
+    decoder = partial(band_decoder, shape)
+    return Modality(name, shape, band_encoder, decoder, "bernoulli", kind="bytes")
 
 
 def bird_features(size):
@@ -512,7 +580,9 @@ def bird_features(size):
 def captions(words):
     embedding = nn.Parameter(torch.randn(words, 128))
     encoder, decoder = partial(caption_encoder, embedding), partial(caption_decoder, embedding)
-    return Modality("caption", (32,), encoder, decoder, "categorical")
+    return Modality(
+        "caption", (WORDS,), encoder, decoder, "categorical", kind="words", classes=words
+    )
 
 
 def spectra(width):
@@ -520,57 +590,72 @@ def spectra(width):
     down = (11000, *(max(1, round(width * n)) for n in (10000, 5000, 2048)))
     up = (*(max(1, round(width * n)) for n in (3000, 5000, 10000)), 11000)
     encoder = partial(mlp_encoder, down, norm=True)
-    return Modality(
-        "spectrum", (11000,), encoder, partial(mlp_decoder, up, (11000,), norm=True), "bernoulli"
-    )
+    decoder = partial(mlp_decoder, up, (11000,), norm=True)
+    return Modality("spectrum", (11000,), encoder, decoder, "bernoulli", kind="greys")
 
 
 def fingerprints(frequencies=None):
     """[poe] Table A.9. Most bits are rare: the output starts at their frequencies, if given."""
-    start = None if frequencies is None else start_of_bits(torch.tensor(frequencies))
+    sizes, shape = (500, 1024, 2149), (2149,)
     encoder = partial(mlp_encoder, (2149, 1024, 1000))
-    decoder = partial(mlp_decoder, (500, 1024, 2149), (2149,), start=start)
-    return Modality("fingerprint", (2149,), encoder, decoder, "bernoulli")
+    decoder = partial(mlp_decoder, sizes, shape)
+    if frequencies is not None:
+        decoder = partial(marginal_decoder, sizes, shape, log_odds(torch.tensor(frequencies)))
+    return Modality("fingerprint", shape, encoder, decoder, "bernoulli", kind="bits")
 
 
-def start_of_bits(frequencies):
+def log_odds(frequencies):
     """The biases with which an output of bits starts at these frequencies, clamped off 0 and 1."""
     return torch.logit(frequencies.clamp(1e-3, 1 - 1e-3))
 
 
-def user_array(name, kind, shape, likelihood, classes=None, stats=None, marginal=None):
+def array_modality(
+    name, kind, shape, likelihood, classes=None, stats=None, marginal=None, unseen=()
+):
     """A user's own array. Images (C, H, W) get SVHN's networks, all others two hidden layers as wide
     as the array, from 64 to 512. The output starts at the marginal of the training examples, and
     numbers and counts learn a scale or dispersion per feature, which starts there, too.
 
-    kind, likelihood: a key of data.KINDS and one of its likelihoods; classes: how many, for a class;
-    stats: those that standardise numbers, if any; marginal: {"mean", "std"} of all other tables in
-    training, of a class {"mean": frequencies}.
+    kind, likelihood: a key of KINDS in loaders/arrays.py and one of its likelihoods; classes,
+    stats, unseen: see Modality; marginal: {"mean", "std"} of all tables but standardised ones, of a
+    class {"mean": frequencies}.
     """
     shape = tuple(shape)
     if len(shape) == 3:
-        return with_likelihood(conv(name, shape, (32, 64, 128)), likelihood)
+        image = conv(name, shape, (32, 64, 128))._replace(kind=kind)
+        return with_likelihood(image, likelihood)
     size = classes or math.prod(shape)
     hidden = min(max(size, 64), 512)
     marginal = marginal or {"mean": torch.zeros(shape).tolist(), "std": torch.ones(shape).tolist()}
     mean, std = torch.tensor(marginal["mean"]), torch.tensor(marginal.get("std", 1.0))
-    first, learned = nn.Flatten, ()
+    first, learned, scale, parameter = nn.Flatten, None, 1.0, shape
     if kind == "class":
         first, start = partial(OneHot, classes), mean.clamp_min(1e-3).log()
+        parameter = (classes,)
     elif kind == "counts":
         first, start = partial(LogCounts, mean, std), mean.clamp_min(1e-3).log()
         if likelihood == "negative-binomial":
-            learned = (dispersion(mean, std**2).log(), torch.tensor(-10.0))
+            log_r = dispersion(mean, std**2).log()
+            learned, parameter = partial(LearnedScale, log_r, torch.tensor(-10.0)), (*shape, 2)
     elif kind == "numbers":
-        first, start = Observed, mean
-        learned = (std.log(), std.log() + math.log(1e-2))
+        first, start, scale = NaNToZero, mean, None
+        floor = std.log() + math.log(1e-2)
+        learned, parameter = partial(LearnedScale, std.log(), floor), (*shape, 2)
     else:
-        start = start_of_bits(mean)
-    encoder = partial(mlp_encoder, (size, hidden, hidden), first=first)
-    parameter = (classes,) if classes else (*shape, 2) if learned else shape
-    decoder = partial(mlp_decoder, (hidden, hidden, size), parameter, start=start, learned=learned)
-    scale = None if kind == "numbers" else 1.0
-    return Modality(name, shape, encoder, decoder, likelihood, scale=scale)
+        start = log_odds(mean)
+    sizes = (hidden, hidden, size)
+    return Modality(
+        name,
+        shape,
+        encoder=partial(mlp_encoder, (size, hidden, hidden), first=first),
+        decoder=partial(marginal_decoder, sizes, parameter, start, learned=learned),
+        likelihood=likelihood,
+        scale=scale,
+        kind=kind,
+        classes=classes,
+        stats=stats,
+        unseen=tuple(unseen),
+    )
 
 
 def with_likelihood(modality, likelihood):

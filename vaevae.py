@@ -28,9 +28,7 @@ DEFAULTS = {
     "mnist-svhn": dict(epochs=50, batch_size=256, lr=1e-3, latent_dim=20),
     "cub": dict(epochs=200, batch_size=100, lr=1e-4, latent_dim=64),
     "spectra": dict(epochs=140, batch_size=100, lr=1e-4, latent_dim=300),
-    "npz": dict(
-        batch_size=128, lr=1e-3, decay=0.3, latent_dim=20, sampling="natural", subsets=4
-    ),
+    "npz": dict(batch_size=128, lr=1e-3, decay=0.3, latent_dim=20, sampling="natural", terms=4),
 }
 STREAMS = dict(unpaired="all", sampling="balanced")  # as the paper's code trains
 DEFAULTS = {name: STREAMS | row for name, row in DEFAULTS.items()}
@@ -61,19 +59,29 @@ def all_subsets(seen):
 
 
 class VAEVAE(nn.Module):
-    """objective: "vaevae", or "svae", with L(x_1) + L(x_2) on complete examples (VAEVAE*, eq. 19);
-    variant: "b", a network per subset, or "a", the product of the unimodal ones; subsets: for
-    four modalities or more, which the paper does not have: so many terms of the objective per step,
-    drawn at random, instead of all 2^M - 1, with the same expectation; 0: all."""
+    """Options:
+    objective  "vaevae", or "svae", with L(x_1) + L(x_2) on complete examples (VAEVAE*, eq. 19)
+    variant    "b", a network per subset, or "a", the product of the unimodal ones
+    kl_terms   the "sum" of a bound's KLs, the paper's, or their "mean"; None: the mean from four
+               modalities on, which the paper does not have and whose sum leaves z uninformed
+    terms      from four modalities on: random terms of the objective per step, in place of all
+               2^M - 1, with the same expectation; 0: all
+    """
 
-    def __init__(self, modalities, latent_dim, *, objective="vaevae", variant="b", subsets=0):
+    resamples = False  # samples of the posterior are those of `posterior`
+
+    def __init__(
+        self, modalities, latent_dim, *, objective="vaevae", variant="b", kl_terms=None, terms=0
+    ):
         super().__init__()
         if objective not in ("svae", "vaevae") or variant not in ("a", "b"):
             raise ValueError("objective must be svae or vaevae, variant a or b")
-        if subsets < 0:
-            raise ValueError("subsets must be 0 or more")
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.objective_name, self.variant, self.subsets = objective, variant, subsets
+        self.objective_name = objective
+        self.variant = variant
+        self.kl_terms = kl_terms or ("sum" if len(modalities) <= 3 else "mean")
+        self.terms = terms
+        self.random_on_host = terms > 0 and len(modalities) > 3  # a CUDA graph would freeze it
         self.encoders = nn.ModuleList(m.encoder(latent_dim) for m in modalities)  # q(z|x_m)
         self.joints = nn.ModuleDict()  # q(z|x_i, x_j, ...), the key is the subset
         for size in range(2, len(modalities) + 1) if variant == "b" else ():
@@ -86,16 +94,15 @@ class VAEVAE(nn.Module):
         """The posteriors of these subsets of the observed modalities. -> {subset: [(mu, logvar)]}"""
         joints = self.variant == "b"
         alone = {m for subset in subsets for m in subset if len(subset) == 1 or not joints}
-        each = enumerate(zip(self.encoders, xs, strict=True))
-        q = {(m,): [encode(x)] for m, (encode, x) in each if m in alone}
+        q = {(m,): [nets.apply(self.encoders[m], xs[m])] for m in sorted(alone)}
         for subset in subsets:
             if len(subset) > 1 and joints:
-                q[subset] = [self.joints[str(subset)]([xs[m] for m in subset])]
+                q[subset] = [nets.apply(self.joints[str(subset)], [xs[m] for m in subset])]
             elif len(subset) > 1:
-                q[subset] = [product([q[m,][0] for m in subset])]
+                q[subset] = [product([q[(m,)][0] for m in subset])]
         return q
 
-    def log_p(self, m, z, x):
+    def weighted_log_p(self, m, z, x):
         """log p(x_m|z), times the likelihood's weight. z (..., B, L) -> (..., B)"""
         modality = self.modalities[m]
         return modality.weight * nets.log_prob(modality, self.decoders[m](z), x)
@@ -110,8 +117,8 @@ class VAEVAE(nn.Module):
         return [(k,) for k in seen]  # Eq. (30), for the observed x_k
 
     def bound(self, subset, xs, q):
-        """The term of `subset`: E_q[Σ log p] minus the KLs to the distributions that q is regularised
-        towards. M = 2, both observed: KL(q12 || q1) + KL(q12 || q2). -> (B,), nats"""
+        """The term of `subset`: E_q[Σ log p] minus the KLs to the distributions towards which q is
+        regularised. M = 2, both observed: KL(q12 || q1) + KL(q12 || q2). -> (B,), nats"""
         seen = [m for m, x in enumerate(xs) if x is not None]
         priors = [gaussian for s in self.regularisers(subset, seen) for gaussian in q[s]]
         if len(subset) < len(xs):
@@ -119,22 +126,23 @@ class VAEVAE(nn.Module):
         total = 0
         for mu, logvar in q[subset]:
             z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-            log_p = sum(self.log_p(m, z, xs[m]) for m in subset)
+            log_p = sum(self.weighted_log_p(m, z, xs[m]) for m in subset)
             kl = sum(kl_normal(mu, logvar, *prior) for prior in priors)
-            if len(xs) > 3:  # the paper ends at 3. The sum, up to M + 1 KLs, leaves z uninformed
+            if self.kl_terms == "mean":
                 kl = kl / len(priors)
             total = total + log_p - kl
         return total
 
     def objective(self, *xs):
-        """The objective of examples of one pattern, to be maximised: mean over the batch, nats, scalar."""
-        seen = [m for m, x in enumerate(xs) if x is not None]
+        """The objective of examples with the same modalities observed, to be maximised: mean over the
+        batch, nats, scalar."""
+        seen = nets.observed(self.modalities, xs)
         terms = needed = all_subsets(seen)
         if self.objective_name == "vaevae" and len(seen) > 1:  # no marginal bounds
             terms = [subset for subset in terms if len(subset) > 1]
         every = len(terms)
-        if len(xs) > 3 and 0 < self.subsets < every:
-            terms = [terms[k] for k in torch.randperm(every)[: self.subsets]]
+        if len(xs) > 3 and 0 < self.terms < every:
+            terms = [terms[k] for k in torch.randperm(every)[: self.terms]]
             needed = dict.fromkeys(s for t in terms for s in (t, *self.regularisers(t, seen)))
         q = self.encode(xs, needed)
         total = sum(self.bound(subset, xs, q) for subset in terms).mean()  # Eq. (19)-(21); eq. (32)
@@ -144,9 +152,10 @@ class VAEVAE(nn.Module):
         """The loss of each stream (weight, xs): -weight * objective; in sum eq. (22). -> (S,)"""
         return torch.stack([-weight * self.objective(*xs) for weight, xs in streams])
 
-    def check_streams(self, masks):
+    def start(self, train, streams):
         """ValueError where a posterior would not be trained: without L(x_m) on pairs only a stream
         of x_m alone regularises q(z|x_m) towards p(z)."""
+        masks = [mask for mask, _ in streams]
         for k, modality in enumerate(self.modalities):
             alone = any(mask[k] and sum(mask) == 1 for mask in masks)
             if self.objective_name == "vaevae" and not alone:
@@ -158,13 +167,25 @@ class VAEVAE(nn.Module):
         for size in range(2, len(names) + 1) if self.variant == "b" else ():
             for subset in itertools.combinations(range(len(names)), size):
                 if not any(all(mask[m] for m in subset) for mask in masks):
-                    shown = " and ".join(names[m] for m in subset)
-                    raise ValueError(f"no example shows {shown} together: use variant a")
+                    together = " and ".join(names[m] for m in subset)
+                    raise ValueError(f"no example shows {together} together: use variant a")
+
+    def start_epoch(self, epoch):
+        """Nothing of this model depends on the epoch."""
+
+    def trained_priors(self, masks):
+        """The names of the modalities whose own p(z) streams with these masks train: all."""
+        return tuple(m.name for m in self.modalities)
 
     def posterior(self, *xs):
         """q(z|observed). Batch (B,), event (L,)."""
-        seen = tuple(m for m, x in enumerate(xs) if x is not None)
+        seen = tuple(nets.observed(self.modalities, xs))
         return normal(*self.encode(xs, [seen])[seen][0])
+
+    @torch.no_grad()
+    def sample_posterior(self, xs, n=1):
+        """z ~ q(z|observed). -> (n, B, L)"""
+        return self.posterior(*xs).sample((n,))
 
     def prior(self, *xs):
         """p(z) = N(0, I) for all xs, event (L,)."""
@@ -179,10 +200,11 @@ MODEL = VAEVAE
 
 
 def options(flag):
-    """The flags of this model: the keyword arguments of its constructor, which have the defaults."""
+    """The flags of this model: its constructor's keyword arguments, whose defaults they have."""
     flag("--objective", choices=["vaevae", "svae"], help="svae: VAEVAE*, with L(x_m) on pairs")
     flag("--variant", choices=["b", "a"], help="b: a network per subset; a: a product of encoders")
-    flag("--subsets", type=int, help="random terms per step, for four modalities or more; 0: all")
+    flag("--kl-terms", choices=["sum", "mean"], help="of a bound; default: mean from 4 modalities")
+    flag("--terms", type=int, help="random terms per step, for four modalities or more; 0: all")
 
 
 # ----------------------------------------------------- the training loop, identical in five scripts
@@ -190,21 +212,21 @@ def options(flag):
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import data
 
-# --resume may change these; every other setting is the run's
-FREE = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
-FREE |= {"out", "resume"}
-
-LEAST_EPOCHS, LEAST_STEPS = 100, 1500  # of a path.npz, where --epochs is not given
+# Where and how a run is computed: no part of its name, and --resume may change it
+PLACE = {"data", "dataset", "device", "amp", "compile", "graph", "out", "resume"}
+MAY_CHANGE = PLACE | {"epochs", "lr", "decay", "clip"}  # at --resume; the rest is the run's
 
 
 def parse_args(argv=None, saved=None):
-    """saved: args.json of a run to resume, whose settings replace the defaults.
+    """saved: the flags of a run to resume, which replace the defaults.
     -> the parser, the arguments"""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="glyphs")
@@ -212,7 +234,7 @@ def parse_args(argv=None, saved=None):
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage="%(prog)s [--dataset NAME] [--paired F] [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=data.Help,
         allow_abbrev=False,
     )
     p.suggest_on_error = True  # Python 3.14 and newer
@@ -223,41 +245,35 @@ def parse_args(argv=None, saved=None):
     flag("--paired", type=float, default=1.0, help="fraction of examples with all modalities")
     flag("--unpaired", default="split", help="the others show: split, all, rest, none, or a NAME")
     flag("--sampling", default="natural", choices=data.SAMPLING, help="how a batch mixes streams")
-    flag("--epochs", type=int, help="passes over the training examples (of a path.npz: see README)")
-    flag("--batch-size", type=int, help="examples per step, over all processes")
-    flag("--lr", type=float, help="learning rate of Adam")
-    flag("--decay", type=float, default=0.0, help="share of epochs, at the end, with a falling lr")
-    flag("--clip", type=float, help="maximum gradient norm; 0 disables clipping")
-    flag("--latent-dim", type=int, help="dimensions of the latent variable z")
-    flag("--likelihoods", help="p(x|z), one per modality, as in laplace,bernoulli")
-    flag("--weights", help="factors on log p(x|z) in training, one per modality, as in 3.9,1")
+    flag("--epochs", type=data.count, help="passes over the training examples")
+    flag("--batch-size", type=data.count, help="examples per step, over all processes")
+    flag("--lr", type=data.factor, help="learning rate of Adam")
+    flag("--decay", type=data.factor, default=0.0, help="final share of epochs with a falling lr")
+    flag("--clip", type=data.factor, default=0.0, help="maximum gradient norm; 0 disables clipping")
+    flag("--latent-dim", type=data.count, help="dimensions of the latent variable z")
+    flag("--likelihoods", type=data.names, help="p(x|z), one per modality: laplace,bernoulli")
+    flag("--weights", type=data.factors, help="factors on log p(x|z), one per modality: 3.9,1")
     flag("--standardise", action=switch, default=True, help="scale the numbers of a path.npz")
-    flag("--width", type=float, default=1.0, help="factor on the layer sizes of spectra")
+    flag("--width", type=data.factor, default=1.0, help="factor on the layer sizes of spectra")
     flag("--seed", type=int, default=0, help="random seed")
-    flag("--limit", type=int, help="train on the first LIMIT examples only")
+    flag("--limit", type=data.count, help="train on the first LIMIT examples only")
     flag("--device", default=cuda, help="a torch device: cuda, cuda:1, mps, cpu")
     flag("--amp", action=switch, default=False, help="bfloat16 autocast")
     flag("--compile", action=switch, default=False, help="torch.compile (docs/robustness.md)")
+    graph = "replay each step from a CUDA graph (one process; not yet tried on a GPU)"
+    flag("--graph", action=switch, default=False, help=graph)
     flag("--out", help="folder of the run, by default runs/MODEL-DATASET-...")
-    flag("--resume", action="store_true", help="continue the run in its folder")
+    flag("--resume", metavar="RUN", nargs="?", const="", help="continue the run in its folder")
     options(p.add_argument_group(f"options of {MODEL.__name__}").add_argument)
-    p.set_defaults(**MODEL.__init__.__kwdefaults__)
+    p.set_defaults(**MODEL.__init__.__kwdefaults__)  # the options have the constructor's defaults
     p.set_defaults(**DEFAULTS.get(dataset, DEFAULTS["npz"]))
     args = p.parse_args(argv)
-    for key in ("epochs", "batch_size", "lr", "latent_dim", "width", "limit"):
-        value = getattr(args, key)
-        if value is not None and not 0 < value < math.inf:
-            p.error(f"--{key.replace('_', '-')} must be above 0, not {value}")
-    if args.clip is not None and args.clip < 0:
-        p.error(f"--clip must not be negative, not {args.clip}")
-    if not 0 <= args.decay <= 1:
-        p.error(f"--decay must be from 0 to 1, not {args.decay}")
-    out = args.out or os.path.join("runs", run_name(p, args))
+    out = args.resume or args.out or os.path.join("runs", run_name(p, args))
     if saved:
-        kept = saved.keys() - {"device", "out", "resume"}
-        p.set_defaults(**{key: saved[key] for key in vars(args).keys() & kept})
+        settings = vars(args).keys() & saved.keys() - {"device", "out", "resume"}
+        p.set_defaults(**{key: saved[key] for key in settings})
         args = p.parse_args(argv)
-        for key in vars(args).keys() & saved.keys() - FREE:
+        for key in settings - MAY_CHANGE:
             if getattr(args, key) != saved[key]:
                 p.error(f"{out} has --{key.replace('_', '-')} {saved[key]}: --resume keeps it")
     args.out, args.data = out, os.path.abspath(args.data)
@@ -270,81 +286,67 @@ def run_name(p, args):
     """<model>-<dataset>-paired<f>-<unpaired>-seed<s> and every setting that is not the default."""
     parts = [Path(__file__).stem, Path(args.dataset).stem, f"paired{args.paired:g}", args.unpaired]
     parts.append(f"seed{args.seed}")
-    elsewhere = {"dataset", "paired", "unpaired", "seed", "data", "device", "amp", "compile"}
     for key, value in vars(args).items():
-        if key not in elsewhere | {"out", "resume"} and value != p.get_default(key):
+        if key not in PLACE | {"paired", "unpaired", "seed"} and value != p.get_default(key):
             flag = key.replace("_", "-")
-            parts.append(f"no-{flag}" if value is False else f"{flag}={value}")
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            parts.append(f"no-{flag}" if value is False else f"{flag}={text}")
     return "-".join(parts)
 
 
 def build(args, saved):
     """saved: args.json of a run to resume, or {}. -> dataset, streams, model, the new args.json;
     ValueError for a mistake of the user"""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):  # torch was built without it, or it is not there
-        raise ValueError(f"--device {args.device} is not available here") from None
-
-    # data
-    stats = None if args.standardise else {}
-    if saved:  # those the run began with: on another machine the last digit may differ
-        arrays = saved["spec"].get("arrays", {})
-        stats = {name: array.get("stats", {}) for name, array in arrays.items()}
-    likelihoods = args.likelihoods and args.likelihoods.split(",")
-    dataset = data.load(args.dataset, args.data, args.limit, likelihoods, stats)
-    streams = data.pairing(
-        len(dataset.train),
-        dataset.names,
-        args.paired,
-        args.unpaired,
-        seed=args.seed,
-        mask=dataset.mask,
-        groups=dataset.groups,
+    dataset = data.load(
+        args.dataset,
+        args.data,
+        limit=args.limit,
+        likelihoods=args.likelihoods,
+        standardise=args.standardise,
+        spec=saved.get("spec"),
     )
+    streams = dataset.streams(args.paired, args.unpaired, args.seed)
+    if args.epochs is None:
+        args.epochs = data.default_epochs(streams, args.batch_size, args.sampling)
 
-    if args.epochs is None:  # a path.npz: small tables need more passes
-        _, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
-        args.epochs = max(LEAST_EPOCHS, -(-LEAST_STEPS // steps))
-
-    # model
-    spec = dataset.spec | {"width": args.width}
-    if args.weights:
-        spec["weights"] = args.weights.split(",")
-    own = {key: getattr(args, key) for key in MODEL.__init__.__kwdefaults__}
+    spec = dataset.spec | {"weights": args.weights, "width": args.width}
+    chosen = {key: getattr(args, key) for key in MODEL.__init__.__kwdefaults__}
     torch.manual_seed(args.seed)
-    model = MODEL(nets.modalities(**spec), args.latent_dim, **own)
-    if hasattr(model, "check_streams"):
-        model.check_streams([mask for mask, _ in streams])
+    model = MODEL(nets.modalities(**spec), args.latent_dim, **chosen)
+    model.start(dataset.train, streams)
 
-    record = {"version": 1, "script": Path(__file__).stem, "model": MODEL.__name__} | vars(args)
-    record |= {"options": own, "spec": spec, "note": dataset.note, "examples": len(dataset.train)}
-    record["digest"] = dataset.digest
+    record = {"script": Path(__file__).stem, "model": MODEL.__name__}
+    record |= {key: value for key, value in vars(args).items() if key not in chosen}
+    record |= {"options": chosen, "spec": spec, "masked": dataset.mask is not None}
+    record |= {"note": dataset.note, "examples": len(dataset.train), "digest": dataset.digest}
     if saved.get("model", MODEL.__name__) != MODEL.__name__:
         raise ValueError(f"{args.out} is a run of {saved['model']}, not of {MODEL.__name__}")
-    for key in ("note", "examples", "digest" if dataset.digest else "spec"):
-        if saved.get(key, record[key]) != record[key]:
+    for key in ("spec", "note", "examples", "digest"):
+        if saved and saved[key] != record[key]:
             raise ValueError(f"{args.dataset} does not hold the data that {args.out} began with")
     return dataset, streams, model, record
 
 
 def main(argv=None):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     p, args = parse_args(argv)
     run, saved, state = Path(args.out), {}, {"epoch": 0, "log": []}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:  # a mistake of the user is one sentence and exit code 2, before anything is written
-        if args.resume:
+        device = data.find_device(args.device)
+        if args.resume is not None:
             saved, state = data.read_run(run)
-            p, args = parse_args(argv, saved)
+            p, args = parse_args(argv, saved | saved["options"])
         elif rank == 0 and (run / "checkpoint.pt").exists():
             raise ValueError(f"{run} holds a run: add --resume, or name another folder with --out")
         dataset, streams, model, record = build(args, saved)
         run.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         p.error(str(error))
+    if state["epoch"] >= args.epochs:
+        print(f"{run} is finished, with {state['epoch']} epochs; --epochs N goes on to N")
+        return
 
     # distributed
-    device = torch.device(args.device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda" and device.index is not None:  # else the current one
@@ -354,139 +356,167 @@ def main(argv=None):
 
     # optimizer
     train, net = dataset.train.to(device), model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    graph = args.graph and can_capture(device) and world == 1 and not model.random_on_host
+    lr = torch.tensor(args.lr, device=device) if graph else args.lr  # a graph reads it again
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=graph)
     if saved:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = args.lr
-    elif hasattr(model, "init_pseudo_samples"):
-        model.init_pseudo_samples(data.observed(train, streams, model.pseudo_samples))
+        optimizer.param_groups[0] |= {"lr": lr, "capturable": graph}  # of this device
     if world > 1:  # a stream of one modality leaves the other decoders unused
         net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     if args.compile:
-        net = torch.compile(net)
+        # without it mnist-split fails on CUDA: https://github.com/pytorch/pytorch/issues/171622
+        net = torch.compile(net, options={"layout_optimization": False})
     if rank == 0:
-        save(run, record, model, optimizer, state["epoch"], state["log"])
+        text = json.dumps(record, indent=1).encode()
+        data.atomic_write(run / "args.json", lambda file: file.write(text))
+        data.save_run(run, model, optimizer, state["epoch"], state["log"])
         size = sum(w.numel() for w in model.parameters())
-        print(f"{run}  {size:,} weights  {len(train):,} examples  {dataset.note}", flush=True)
-        for line in data.describe(dataset.spec):
-            print(line, flush=True)
+        print(f"{run}: {size:,} weights, {len(train):,} examples", *dataset.lines, sep="\n")
+        if dataset.note:
+            print(f"note: {dataset.note}", flush=True)
+
+    def step(batch):
+        """One step of Adam. -> the loss, which stays on the device"""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            loss = net(batch).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if args.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        return loss.detach()
+
+    if graph:
+        step = Graphs(step)
 
     # train
     sizes, steps = data.batch_sizes(streams, args.batch_size, args.sampling)
+    one_pattern = data.one_pattern_per_step(streams, args.sampling)
     mask, index = streams[0]
-    sample = data.select(train, mask, index[:256].to(device))  # for log p(x|z) in log.csv
-    first, log, started = state["epoch"] + 1, state["log"], time.perf_counter()
+    watched = data.select(train, mask, index[:256].to(device))  # for log p(x|z) in log.csv
+    log, terminal, started = state["log"], sys.stdout.isatty(), time.perf_counter()
+    first, all_steps = state["epoch"] + 1, (args.epochs - state["epoch"]) * steps
     for epoch in range(first, args.epochs + 1):
         seed = 1_000_003 * args.seed + epoch
         torch.manual_seed(4_099 * seed + rank)  # noise: different on every rank
         order = torch.Generator().manual_seed(seed)  # batches: the same on every rank
-        if hasattr(model, "start_epoch"):
-            model.start_epoch(epoch)
+        model.start_epoch(epoch)
         if args.decay:  # the learning rate falls linearly, towards 0
             left = (args.epochs + 1 - epoch) / (args.decay * args.epochs)
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, left)
-        losses, total, epoch_started, tick = [], 0.0, time.perf_counter(), 0.0
+            new = args.lr * min(1.0, left)
+            optimizer.param_groups[0]["lr"] = lr.fill_(new) if graph else new
+        losses, epoch_started, tick = 0.0, time.perf_counter(), time.perf_counter()
         batches = data.batches(train, streams, args.batch_size, args.sampling, order, rank, world)
-        for step, batch in enumerate(batches, 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                loss = net(batch)  # (S,)
-            optimizer.zero_grad(set_to_none=True)
-            loss.sum().backward()
-            if args.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-
-            losses.append(loss.detach())
+        for k, batch in enumerate(batches, 1):
+            losses += step(batch)
             now = time.perf_counter()
-            if now > tick + 1 or step == steps:  # reads the losses: the only synchronisation
-                for at, values in enumerate(losses, step + 1 - len(losses)):
-                    for value in values.tolist():
-                        total += value
-                    check_finite(total, run, epoch, at)
-                losses, tick = [], now
-                if rank == 0 and sys.stdout.isatty():
-                    left = (now - epoch_started) / step * (steps - step)
-                    print(f"\repoch {epoch}, step {step} of {steps}, {left:.0f} s left", end=" ")
+            if now > tick + 1 or k == steps:  # reads the losses: the only synchronisation
+                total, tick = losses.item(), now
+                check_finite(total, run, epoch, k)
+                if rank == 0 and terminal:
+                    done = (epoch - first) * steps + k
+                    left = data.duration((now - started) / done * (all_steps - done))
+                    print(f"\repoch {epoch}, step {k} of {steps}, {left} left".ljust(79), end="")
         if world > 1:  # the mean over ranks is the objective of the union of their batches
             total = torch.tensor(total, device=device)
             torch.distributed.all_reduce(total)
             total = total.item() / world
         if rank == 0:
             now = time.perf_counter()
-            objective, log_px = log_px_z(model, sample)
-            check_finite(objective, run, epoch, steps)  # also after the last step
-            row = {"objective": -total / steps} | log_px
-            pace = sum(sizes) * steps / (now - epoch_started)
-            seconds = {"examples_per_second": pace, "seconds": now - epoch_started}
-            log.append({"epoch": epoch} | row | seconds)
-            save(run, record, model, optimizer, epoch, log)
-            minutes = (now - started) / (epoch - first + 1) * (args.epochs - epoch) / 60
-            numbers = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
-            line = f"{numbers}  {pace:.0f} examples/s  {minutes:.1f} minutes left"
-            print(f"\repoch {epoch} of {args.epochs}  {line}", flush=True)
+            model.eval()
+            with torch.no_grad():  # the last step may have spoilt the weights
+                check_finite(model.objective(*watched).item(), run, epoch, steps)
+            log_p = log_px_z(model, watched)
+            model.train()
+            row = {"epoch": epoch, "objective": -total / steps}
+            row |= {f"log_p_{name}": nats for name, nats in log_p.items()}
+            row["examples_per_second"] = sum(sizes) * steps / (now - epoch_started)
+            log.append(row | {"seconds": now - epoch_started})
+            data.save_run(run, model, optimizer, epoch, log)
+            parts = [f"{name} {nats:.1f}" for name, nats in log_p.items()]
+            left = (now - started) / (epoch - first + 1) * (args.epochs - epoch)
+            # the objective of a few random patterns is not that of the next epoch's
+            objective = "" if one_pattern else f"objective {row['objective']:.1f}, "
+            line = f"{objective}log p: {', '.join(parts)}, {data.duration(left)} left"
+            line = f"epoch {epoch}/{args.epochs}: {line}"
+            print(("\r" if terminal else "") + line.ljust(79 if terminal else 0), flush=True)
     if rank == 0:
-        save_examples(model, dataset, run / "examples.png")
-        print(f"python eval.py {run}")
+        data.save_examples(model, dataset, run / "examples.png")
+        print(f"python eval.py {shlex.quote(str(run))}")
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def save(run, record, model, optimizer, epoch, log):
-    """args.json; checkpoint.pt, tensors and numbers only, which torch.load reads with
-    weights_only=True; log.csv, a row per epoch."""
-    text = json.dumps(record, indent=1).encode()
-    data.atomic_write(run / "args.json", lambda file: file.write(text))
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"epoch": epoch, "log": log}
-    data.atomic_write(run / "checkpoint.pt", lambda file: torch.save(state, file))
-    data.write_csv(run / "log.csv", log)
+class Graphs:
+    """step(batch) -> loss, replayed from a CUDA graph for each kind of batch, that is the weights,
+    masks and shapes of its streams; for the 32 kinds that are complete first. A graph keeps what it
+    read when it was captured, but for tensors that change in place: the inputs, which are copied
+    into its own, parameters, β and the learning rate."""
+
+    def __init__(self, step):
+        self.step, self.graphs, self.counts = step, {}, Counter()
+
+    def __call__(self, batch):
+        kind = tuple((w, *(None if x is None else x.shape for x in xs)) for w, xs in batch)
+        self.counts[kind] += 1
+        if kind not in self.graphs:
+            # The first steps create Adam's state, which must not lie in the memory of a graph
+            if self.counts[kind] <= 3 or len(self.graphs) == 32:
+                return self.step(batch)
+            inputs = [(w, [x if x is None else x.clone() for x in xs]) for w, xs in batch]
+            self.graphs[kind] = inputs, *capture(self.step, inputs)
+        inputs, replay, loss = self.graphs[kind]
+        for (_, old), (_, new) in zip(inputs, batch):
+            for x, y in zip(old, new):
+                if x is not None:
+                    x.copy_(y)
+        replay()
+        return loss.clone()  # the next replay overwrites it
+
+
+def can_capture(device):
+    return device.type == "cuda"
+
+
+def capture(step, inputs):
+    """Record step(inputs), without running it. -> replay(), and the loss that it writes"""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(inputs)
+    return graph.replay, loss
 
 
 def check_finite(loss, run, epoch, step):
-    """Stop the run, whose last checkpoint is kept, where a loss is not finite."""
+    """Stop the run, whose last checkpoint is kept, where the sum of losses is not finite."""
     if not math.isfinite(loss):
-        print(f"\n{run}: the loss is {loss} in epoch {epoch}, step {step}", file=sys.stderr)
-        print(f"go on with --out {run} --resume and a lower --lr, or a --clip", file=sys.stderr)
+        print(f"\n{run}: the loss is not finite in epoch {epoch}, by step {step}", file=sys.stderr)
+        command = f"--out {shlex.quote(str(run))} --resume"
+        print(f"go on with {command} and a lower --lr, or a --clip", file=sys.stderr)
         sys.exit(2)
 
 
 @torch.no_grad()
 def log_px_z(model, xs):
-    """The objective of some examples, and the mean log p(x_m|z) of each modality, unweighted, at
-    one z ~ q(z|xs), in nats. -> objective, {"log_p_NAME": number}; NaN for a missing modality"""
-    model.eval()
-    objective, log_px = model.objective(*xs).item(), {}
-    if not math.isfinite(objective):  # such a posterior may have no samples
-        return objective, log_px
-    z = model.posterior(*xs).sample()
+    """The mean log p(x_m|z) of each modality, unweighted, at one z ~ q(z|xs), in nats.
+    -> {modality: number}, NaN for a missing one"""
+    z, log_p = model.posterior(*xs).sample(), {}
     for m, decode, x in zip(model.modalities, model.decoders, xs):
-        log_p = math.nan if x is None else nets.log_prob(m, decode(z), x).mean().item()
-        log_px[f"log_p_{m.name}"] = log_p
-    model.train()
-    return objective, log_px
-
-
-@torch.no_grad()
-def save_examples(model, dataset, path, n=10):
-    """A PNG with a column for each of n test examples, one per label where there are as few labels.
-    Rows: the images of each modality and what one z of that modality alone generates."""
-    model.eval()
-    test, names = dataset.test, dataset.names
-    index = torch.linspace(0, len(test) - 1, min(n, len(test))).long()
-    if test.labels is not None and len(labels := test.labels.unique()) <= n:
-        index = torch.stack([(test.labels == label).nonzero()[0, 0] for label in labels])
-    device, rows = next(model.parameters()).device, {}
-    xs = [x.to(device) for x in test[index]]
-    for m, x in enumerate(xs):
-        alone = [x if k == m else None for k in range(len(xs))]
-        means = model.decode(model.posterior(*alone).sample())
-        rows[names[m]] = x
-        rows |= {f"{names[m]} -> {name}": mean for name, mean in zip(names, means)}
-    rows = {name: x for name, x in rows.items() if data.is_image(x)}
-    if rows and data.save_grid(list(rows.values())[:12], path):
-        print(f"{path} has rows of test examples: {', '.join(list(rows)[:12])}")
+        missing = x is None
+        log_p[m.name] = math.nan if missing else nets.log_prob(m, decode(z), x).mean().item()
+    return log_p
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a folder's name
+    try:
+        main()
+    except KeyboardInterrupt:
+        resume = [] if "--resume" in sys.argv else ["--resume"]
+        command = shlex.join(["python", *sys.argv, *resume])
+        print(f"\ninterrupted; to go on from the last whole epoch: {command}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # a full disk, say; the last checkpoint is kept
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)

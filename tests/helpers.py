@@ -1,11 +1,14 @@
-"""Small data sets, runs and models that several files of tests need."""
+"""Small data sets, runs and models that several files of tests need. The splits of each data set
+have different statistics: a number of the wrong split is another number."""
 
+import csv
 import itertools
 import os
 import socket
 import sys
 import tarfile
 import traceback
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +68,29 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def log_of(run):
+    """The rows of log.csv, as numbers."""
+    with open(Path(run) / "log.csv", encoding="utf-8") as file:
+        return [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
+
+
+def content(run):
+    """The parts of a run that must be the same to the bit: weights, optimizer, epoch and log."""
+    state = checkpoint(run)
+    log = [{key: x for key, x in row.items() if "second" not in key} for row in state["log"]]
+    tensors = [moments.values() for moments in state["optimizer"]["state"].values()]
+    tensors = state["model"] | dict(enumerate(itertools.chain(*tensors)))
+    return tensors, state["epoch"], log
+
+
+def error_of(capsys):
+    """The only line on stderr beside argparse's usage."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("usage:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
 def forked(call, *args):
     """call(*args) in a new process. -> its id"""
     pid = os.fork()
@@ -95,36 +121,50 @@ def free_port():
         return free.getsockname()[1]
 
 
+# -------------------------------------------------------------------------------------- data sets
+
+
+def user_arrays(sizes=(96, 32), noise=0.1, seed=0):
+    """The arrays of a user's .npz: 5 floats and 4 bits that depend on one latent number, whose mean
+    is 0 in training and 1 in the test split."""
+    rng, contents = np.random.default_rng(seed), {}
+    for part, n, mean in zip(("train", "test"), sizes, (0, 1)):
+        z = mean + rng.normal(size=(n, 1))
+        contents[f"{part}_0"] = (z + noise * rng.normal(size=(n, 5))).astype(np.float32)
+        contents[f"{part}_1"] = z + noise * rng.normal(size=(n, 4)) > 0
+    return contents
+
+
 @pytest.fixture
 def arrays(tmp_path):
-    """An .npz of two modalities, 5 floats and 4 bits that depend on one latent number."""
-    rng, found = np.random.default_rng(0), {}
-    for part, n in (("train", 96), ("test", 32)):
-        z = rng.normal(size=(n, 1))
-        found[f"{part}_0"] = (z + 0.1 * rng.normal(size=(n, 5))).astype(np.float32)
-        found[f"{part}_1"] = z + 0.1 * rng.normal(size=(n, 4)) > 0
-    np.savez(tmp_path / "own.npz", **found)
+    np.savez(tmp_path / "own.npz", **user_arrays())
     return tmp_path / "own.npz"
+
+
+def every_pattern(n, count):
+    """A mask (n, count) whose rows show the 2^count - 1 patterns in turn, those of least first: the
+    rows that show all, any and one given modality are different ones."""
+    patterns = [p for p in itertools.product((True, False), repeat=count) if any(p)]
+    patterns.sort(key=sum)
+    return np.resize(np.array(patterns), (n, count))
 
 
 @pytest.fixture
 def runs(tmp_path):
     """Short runs of mvae on a labelled .npz: two with all pairs, one with half of them."""
-    rng = np.random.default_rng(0)
-    found = {f"{part}_labels": rng.integers(3, size=60) for part in ("train", "test")}
-    for part, m in itertools.product(("train", "test"), range(2)):
-        noise = rng.standard_normal((60, 3 + 2 * m)).astype("f4")
-        found[f"{part}_{m}"] = noise + 3 * found[f"{part}_labels"][:, None]
-    np.savez(tmp_path / "own.npz", **found)
+    rng, contents = np.random.default_rng(0), {}
+    for part, shift in (("train", 0), ("test", 1)):
+        labels = rng.integers(3, size=60)
+        contents[f"{part}_labels"] = labels
+        for m in range(2):
+            noise = rng.standard_normal((60, 3 + 2 * m)).astype("f4")
+            contents[f"{part}_{m}"] = noise + 3 * labels[:, None] + shift
+    np.savez(tmp_path / "own.npz", **contents)
     flags = dict(dataset=tmp_path / "own.npz", latent_dim=4, epochs=2, lr=1e-6)
     folders = [tmp_path / f"run{k}" for k in range(3)]
     for run, seed, paired in zip(folders, (0, 1, 0), (1.0, 1.0, 0.5)):
         train("mvae", **flags, data=tmp_path, seed=seed, paired=paired, out=run)
-        (run / "log.csv").unlink()
     return folders
-
-
-# -------------------------------------------------------------------------------------- data sets
 
 
 def tiny(n=10):
@@ -141,9 +181,10 @@ def offline(*args, **kwargs):
     raise OSError("no network")
 
 
-def save_arrays(path, *xs, **more):
-    """An .npz with the same examples in both splits. -> its path"""
-    parts = {f"{part}_{k}": x for part in ("train", "test") for k, x in enumerate(xs)}
+def save_arrays(path, *xs, test=None, **more):
+    """An .npz of the arrays xs; test: those of the test split, by default the same. -> its path"""
+    parts = {f"train_{k}": x for k, x in enumerate(xs)}
+    parts |= {f"test_{k}": x for k, x in enumerate(test or xs)}
     np.savez(path, **parts, **more)
     return path
 
@@ -159,16 +200,17 @@ def write_idx(folder, stem, images, labels):
 
 @pytest.fixture
 def small_root(tmp_path):
-    """A data folder with 60 + 20 digits of noise, as MNIST and SVHN are laid out."""
-    rng, found = np.random.default_rng(0), {}
-    for stem, n in (("train", 60), ("t10k", 20)):
+    """A data folder with 60 + 20 digits of noise, as MNIST and SVHN are laid out; those of the test
+    splits are paler."""
+    rng, crops = np.random.default_rng(0), {}
+    for stem, n, white in (("train", 60, 256), ("t10k", 20, 128)):
         labels = np.arange(n, dtype=np.uint8) % 10
-        noise = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        noise = rng.integers(0, white, (n, 28, 28), np.uint8)
         write_idx(tmp_path / "MNIST" / "raw", stem, noise, labels)
-    for part, n in (("train", 45), ("test", 30)):
-        found[f"{part}_x"] = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
-        found[f"{part}_y"] = np.arange(n) % 10
-    np.savez(tmp_path / "svhn.npz", **found)
+    for part, n, white in (("train", 45, 256), ("test", 30, 128)):
+        crops[f"{part}_x"] = rng.integers(0, white, (n, 3, 32, 32), np.uint8)
+        crops[f"{part}_y"] = np.arange(n) % 10
+    np.savez(tmp_path / "svhn.npz", **crops)
     return tmp_path
 
 
@@ -176,6 +218,31 @@ def archive(path, folder):
     """A .tgz of a folder."""
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, folder.name)
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+class PlainEncoder(nn.Module):
+    """A user's own network, with BatchNorm and nothing of nets.py: x -> mu, logvar."""
+
+    def __init__(self, latent_dim, size):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(size, 5), nn.BatchNorm1d(5), nn.Tanh())
+        self.mu = nn.Linear(5, latent_dim)
+        self.logvar = nn.Linear(5, latent_dim)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.mu(h), self.logvar(h)
+
+
+def plain_modality(name, size, likelihood, **more):
+    encoder = partial(PlainEncoder, size=size)
+    decoder = lambda latent_dim: nn.Sequential(  # noqa: E731
+        nn.Linear(latent_dim, 5), nn.Tanh(), nn.Linear(5, size)
+    )
+    return nets.Modality(name, (size,), encoder, decoder, likelihood, **more)
 
 
 # --------------------------------------------------------------------------------------------- CUB
@@ -239,7 +306,7 @@ class Pooled(nn.Module):
 
 @pytest.fixture
 def small_net(monkeypatch):
-    monkeypatch.setattr("benchmarks.cub.resnet", lambda weights: Pooled().eval())
+    monkeypatch.setattr("loaders.cub.resnet", lambda: Pooled().eval())
 
 
 # ----------------------------------------------------------------------------------------- spectra
@@ -298,18 +365,28 @@ def challenge_files(folder, ids=("A", "B"), candidate_ids=None, truth="CCO"):
 # ----------------- a data set whose grey value is the label, its oracle, a model that knows both
 
 SHAPES = [(1, 28, 28), (3, 32, 32)]
+VIEWS = {"mnist-svhn": {"mnist": (0,), "svhn": (1,)}, "glyphs": {"grey": (0,), "colour": (1,)}}
 
 
 def toy(name="mnist-svhn", n=600, seed=0):
-    shapes = {"mnist-split": [(1, 14, 28)] * 2, "mnist-split3": [(1, 9, 28)] * 3}.get(name, SHAPES)
+    """n training examples, whose digits are equally frequent, and n // 2 for testing, whose small
+    digits are more frequent."""
+    shapes = [m.shape for m in nets.modalities(name)]
 
-    def split(n, seed):
-        labels = torch.randint(10, (n,), generator=torch.Generator().manual_seed(seed))
+    def split(n, seed, draws):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(10, (draws, n), generator=generator).amin(0)
         digits = (25 * labels).byte()[:, None, None, None]
         return data.Split([digits.expand(-1, *s).clone() for s in shapes], labels=labels)
 
-    names = {"mnist-svhn": ("mnist", "svhn"), **nets.BANDS}[name]
-    return data.Dataset(name, split(n, seed), split(n // 2, seed + 1), {"name": name}, names)
+    return data.Dataset(
+        name,
+        train=split(n, seed, draws=1),
+        test=split(n // 2, seed + 1, draws=2),
+        spec={"name": name},
+        names=tuple(m.name for m in nets.modalities(name)),
+        views=VIEWS.get(name) or {"image": tuple(range(len(shapes)))},
+    )
 
 
 class Reader(nn.Module):
@@ -331,23 +408,31 @@ class Reader(nn.Module):
 class Perfect(nn.Module):
     """z[0] is the label, exactly; `says` maps it to what modality m shows."""
 
+    resamples = False
+
     def __init__(self, shapes, says=lambda m, digit: digit):
         super().__init__()
         self.shapes, self.says = shapes, says
 
     def posterior(self, *xs):
-        seen = [x for x in xs if x is not None]
-        digit = seen[0].mean((1, 2, 3)) * 255 / 25
+        x = next(x for x in xs if x is not None)
+        digit = x.mean((1, 2, 3)) * 255 / 25
         mean = torch.stack([digit, torch.zeros_like(digit)], 1)
         return Independent(Normal(mean, torch.tensor([1e-3, 1.0]).expand_as(mean)), 1)
+
+    def sample_posterior(self, xs, n=1):
+        return self.posterior(*xs).sample((n,))
 
     def prior(self, *xs):
         digit = lambda shape: torch.randint(10, shape).float()  # noqa: E731
         return SimpleNamespace(sample=lambda s: torch.stack([digit(s), torch.randn(s)], -1))
 
+    def trained_priors(self, masks):
+        return tuple(str(m) for m in range(len(self.shapes)))
+
     def decode(self, z):
-        said = [self.says(m, z[..., 0].round()) * 25 / 255 for m in range(len(self.shapes))]
-        return [x[..., None, None, None].expand(*x.shape, *s) for x, s in zip(said, self.shapes)]
+        grey = [self.says(m, z[..., 0].round()) * 25 / 255 for m in range(len(self.shapes))]
+        return [x[..., None, None, None].expand(*x.shape, *s) for x, s in zip(grey, self.shapes)]
 
 
 READERS = {"mnist": Reader(), "svhn": Reader()}

@@ -1,28 +1,29 @@
 """Tensors stay on their device, and a training step waits for nothing. No GPU is needed.
 
-The device is PyTorch's `meta`, with tensors that hold their values on the CPU after all. As on a GPU
-they do not mix with the CPU's; it is counted how often one side would wait for the other.
+The device is PyTorch's `meta`, with tensors that hold their values on the CPU after all. As on a
+GPU they do not mix with the CPU's; it is counted how often one side would wait for the other.
 """
 
 import copy
 import itertools
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 import data
-import eval as evaluation
 import nets
-from benchmarks import cub, figures, npz, oracles, spectra
-from helpers import SCRIPTS, save_arrays, toy
+from eval import coherence, joint_coherence, latent_accuracy, log_likelihood, log_likelihoods
+from eval import mutual_information, subsets
+from evaluation import command, cub, fill, oracles, spectra
+from helpers import SCRIPTS, every_pattern, save_arrays, toy
+from loaders.cub import SPECIALS
+from loaders.spectra import BINS, Challenges, Sparse
 
 aten = torch.ops.aten
 COPIES = aten.copy_.default, aten._to_copy.default
@@ -114,50 +115,36 @@ def device(monkeypatch):
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
-# ---------------------------------------------------------------------------------------- the models
+# --------------------------------------------------------------------------------------- the models
 
-
-def own_arrays(n=40):
-    """The spec of a user's .npz: numbers, counts, classes."""
-    rng = np.random.default_rng(0)
-    xs = rng.normal(size=(n, 4)), rng.integers(0, 9, (n, 6)), np.arange(n) % 5
-    with tempfile.TemporaryDirectory() as folder:
-        return data.load(str(save_arrays(Path(folder, "own.npz"), *xs))).spec
-
-
-SPECS = {name: {} for name in ("glyphs", "mnist-split", "mnist-split3")}
-SPECS |= {
-    "cub": {"vocabulary": 50},
-    "spectra": {"width": 0.01},
-    "npz": {"arrays": own_arrays()["arrays"]},
+TABLE = {  # a user's .npz
+    "numbers": dict(kind="numbers", shape=[4], likelihood="normal"),
+    "counts": dict(kind="counts", shape=[6], likelihood="negative-binomial"),
+    "class": dict(kind="class", shape=[], likelihood="categorical", classes=5),
 }
-OPTIONS = [(name, "npz", {}) for name in SCRIPTS] + [
-    ("mvae", name, {}) for name in SPECS if name != "npz"
-]
-OPTIONS += [
+SPECS = {"cub": dict(vocabulary=50), "spectra": dict(width=0.01), "npz": dict(arrays=TABLE)}
+CASES = [(name, "npz", {}) for name in ("meme", "vaevae", "mmvae", "mvae")]
+CASES += [("svae", "glyphs", {})]
+CASES += [("mvae", name, {}) for name in ("glyphs", "mnist-split", "mnist-split3", "spectra")]
+CASES += [
     ("meme", "cub", {}),
     ("meme", "glyphs", dict(kl="sample", full_gradient=True)),
-    ("meme", "glyphs", dict(direction="colour", samples=1)),
     ("meme", "npz", dict(explicit="product")),
     ("svae", "glyphs", dict(objective="vaevae", prior_expert=True, experts="exact")),
     ("vaevae", "npz", dict(objective="svae", variant="a")),
-    ("mmvae", "glyphs", dict(objective="elbo", posterior="laplace")),
-    ("mmvae", "glyphs", dict(objective="dreg")),
+    ("mmvae", "glyphs", dict(objective="elbo", family="laplace")),
     ("mmvae", "glyphs", dict(objective="dreg", tight=True)),
     ("mvae", "npz", dict(subsets=2, anneal=3, experts="exact")),
 ]
-CASES = pytest.mark.parametrize("name, dataset, options", OPTIONS)
-MODELS = pytest.mark.parametrize("name", SCRIPTS)
 
 
-def built(name, dataset, options, n=2):
+def build(name, dataset, options, n=2):
     """A model, n random examples of the data set's shapes, and the masks of the streams."""
-    modalities = nets.modalities(dataset, **SPECS[dataset])
+    modalities = nets.modalities(dataset, **SPECS.get(dataset, {}))
     model = SCRIPTS[name].MODEL(modalities, 8, **options)
     xs = [torch.rand(n, *m.shape) for m in modalities]
     xs = [(5 * x).long() if m.likelihood == "categorical" else x for m, x in zip(modalities, xs)]
-    masks = evaluation.subsets([m.name for m in modalities]).values()
-    return model, xs, [mask for mask in masks if "direction" not in options or mask[1]]
+    return model, xs, list(subsets([m.name for m in modalities]).values())
 
 
 def losses(model, xs, masks):
@@ -165,42 +152,30 @@ def losses(model, xs, masks):
     return model([(0.5, [x if s else None for x, s in zip(xs, mask)]) for mask in masks])
 
 
-@CASES
+@pytest.mark.parametrize("name, dataset, options", CASES)
 def test_a_step_stays_on_the_device_and_waits_for_nothing(name, dataset, options, device):
-    model, xs, masks = built(name, dataset, options)
+    model, xs, masks = build(name, dataset, options)
     plain = losses(copy.deepcopy(model), xs, masks)
     model, xs = model.to("meta"), [x.to("meta") for x in xs]
     device.reads = device.writes = 0
-    if hasattr(model, "start_epoch"):
-        model.start_epoch(1), model.start_epoch(3)
-    found = losses(model, xs, masks)
-    found.sum().backward()
-    assert isinstance(found, There) and torch.equal(found.held, plain)
+    model.start_epoch(1), model.start_epoch(3)
+    there = losses(model, xs, masks)
+    there.sum().backward()
+    assert isinstance(there, There) and torch.equal(there.held, plain)
     assert {type(w.grad) for w in model.parameters()} <= {There, type(None)}
     for mask in masks:
-        shown = [x if s else None for x, s in zip(xs, mask)]
-        assert all(isinstance(x, There) for x in model.decode(model.posterior(*shown).sample()))
-    assert isinstance(evaluation.log_likelihood(model, xs, samples=2), There)
+        inputs = [x if s else None for x, s in zip(xs, mask)]
+        assert all(isinstance(x, There) for x in model.decode(model.posterior(*inputs).sample()))
+    assert isinstance(log_likelihood(model, xs, samples=2), There)
     assert isinstance(model.prior(xs[0], *[None] * (len(xs) - 1)).sample((2,)), There)
-    if name == "meme":
-        model.init_pseudo_samples(xs)
     assert isinstance(model.prior().sample((2,)), There)
     assert device.reads == device.writes == 0
-
-
-COMPILED = [pytest.param(*case, marks=pytest.mark.slow) for case in [
-    ("meme", dict(kl="sample", full_gradient=True)), ("meme", dict(direction="colour")),
-    ("svae", dict(objective="vaevae", prior_expert=True, experts="exact")),
-    ("vaevae", dict(objective="svae", variant="a")), ("mvae", dict(experts="exact", anneal=3)),
-    ("mmvae", dict(objective="elbo", posterior="laplace")), ("mmvae", dict(objective="dreg")),
-    ("mmvae", dict(objective="dreg", tight=True)), ("mmvae", dict(tight=True)),
-    *((name, {}) for name in SCRIPTS),
-]]  # fmt: skip
+    assert isinstance(model.sample_posterior(xs, 2), There)
 
 
 def compiled(model, batches):
-    """The number of graphs that torch.compile makes of the steps; losses and gradients must be those
-    without it."""
+    """The number of graphs that torch.compile makes of the steps; losses and gradients must be
+    those without it."""
     torch.compiler.reset()
     graphs = []
 
@@ -211,49 +186,51 @@ def compiled(model, batches):
     net = torch.compile(model, backend=backend, fullgraph=True)  # an error if it must be cut
     weights = list(model.parameters())
     for xs, masks in batches:
-        found = [losses(each, xs, masks) for each in (net, model)]
-        assert torch.equal(*found)
-        found = [torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in found]
-        assert_close(*found, rtol=0, atol=0)
+        pair = [losses(each, xs, masks) for each in (net, model)]
+        assert torch.equal(*pair)
+        pair = [torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in pair]
+        assert_close(*pair, rtol=0, atol=0)
     return len(graphs)
 
 
-@MODELS
+@pytest.mark.parametrize("name", ["meme", "svae"])
 def test_a_step_is_compiled_to_one_graph(name):
-    model, xs, masks = built(name, "glyphs", {})
+    model, xs, masks = build(name, "glyphs", {})
     assert compiled(model, [(xs, masks[-1:])] * 2) == 1
 
 
-@pytest.mark.parametrize("name, options", COMPILED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options", [(n, o) for n, d, o in CASES if d == "glyphs"] + [(n, {}) for n in SCRIPTS]
+)
 def test_a_smaller_batch_is_compiled_once_more(name, options):
-    model, xs, masks = built(name, "glyphs", options, n=5)
+    model, xs, masks = build(name, "glyphs", options, n=5)
     assert compiled(model, [([x[:n] for x in xs], masks) for n in (5, 5, 3, 5, 4)]) == 2
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @pytest.mark.parametrize("name", ["meme", "mvae"])  # the loop is the same text in all
 def test_nothing_waits_between_the_first_batch_and_the_last(
     name, arrays, tmp_path, device, monkeypatch
 ):
-    script, batches, found, saved = SCRIPTS[name], data.batches, [], []
+    script, batches, counts, saved = SCRIPTS[name], data.batches, [], []
 
     def watched(*args):
         for batch in batches(*args):
-            found.append((device.reads, device.writes))
+            counts.append((device.reads, device.writes))
             yield batch
 
     monkeypatch.setattr(data, "batches", watched)
-    monkeypatch.setattr(script, "save", lambda *args: saved.append(args))
+    monkeypatch.setattr(data, "save_run", lambda *args: saved.append(args))
     ticks = itertools.count()  # the loop reads the losses once a second
     monkeypatch.setattr(script.time, "perf_counter", lambda: next(ticks) / 1e6)
     flags = f"--dataset {arrays} --paired 0.5 --unpaired all --batch-size 48 --epochs 1 --clip 1"
     script.main([*flags.split(), "--device", "meta", "--out", str(tmp_path / "run")])
-    _, record, model, _, epoch, log = saved[-1]
-    assert len(found) > 3 and len(set(found[1:])) == 1
+    _, model, _, epoch, log = saved[-1]
+    assert len(counts) > 3 and len(set(counts[1:])) == 1
     assert epoch == len(log) == 1  # with the objective and log p(x|z), which are read
-    assert record["device"] == "meta"
     assert {type(w) for w in model.state_dict().values()} == {There}
 
 
@@ -277,152 +254,96 @@ def test_the_loop_selects_a_gpu_by_its_index_alone(flag, index, arrays, tmp_path
     assert selected == ([] if index is None else [index])
 
 
-def test_observed_examples_lie_where_their_split_does(device):
-    split, streams = toy(n=40).train, data.pairing(40, ("mnist", "svhn"), 0.5)
-    pairs = [data.observed(s, streams, 5) for s in (split, split.to("meta"))]
-    assert all(torch.equal(a, b.held) for a, b in zip(*pairs))
+# -------------------------------------------------------------------------------- the evaluation
 
 
-# --------------------------------------------------------------------------------------- the metrics
+def digits(tmp_path):
+    """The metrics that read images, an oracle's training, and the scores of a classifier of z."""
+    dataset = toy(n=16)
+    model = SCRIPTS["meme"].MODEL(nets.modalities(dataset.name), 8, pseudo_samples=4)
+    channels = {"mnist": 1, "svhn": 3}
+    plain = {view: oracles.Oracle(n).eval() for view, n in channels.items()}
+
+    def outputs(model, dataset):
+        place = dataset.train.labels.device
+        judges = {view: copy.deepcopy(oracle).to(place) for view, oracle in plain.items()}
+        yield coherence(model, dataset, judges)
+        yield joint_coherence(model, dataset, judges, samples=8)
+        yield mutual_information(model, dataset, judges, examples=5)
+        yield latent_accuracy(model, dataset)
+        yield log_likelihoods(model, dataset, examples=2, samples=20)
+        yield oracles.load_oracle(dataset, "mnist", tmp_path / str(place), steps=2)[1]
+
+    return model, dataset, lambda *pair: list(outputs(*pair))
 
 
-def judges(dataset):
-    """Oracles of every view, as they start."""
-    xs = dataset.test[torch.arange(1)]
-    found = {name: view(xs).shape[1] for name, view in evaluation.views(dataset).items()}
-    return {name: oracles.Oracle(channels).eval() for name, channels in found.items()}
+def own_arrays(tmp_path):
+    """Scores of a user's arrays, with masks and missing entries, and what --fill writes."""
+    n = 30
+    x, mask = np.random.default_rng(0).normal(size=(n, 4)), every_pattern(n, 2)
+    x[5:20, 2] = np.nan
+    path = save_arrays(tmp_path / "own.npz", x, np.arange(n) % 3, train_mask=mask, test_mask=mask)
+    np.savez(new := tmp_path / "new.npz", **{"0": x[2:8], "mask": np.ones((6, 2))})
+    dataset, files = data.load(path), itertools.count()
+    model = SCRIPTS["svae"].MODEL(nets.modalities(**dataset.spec), 4)
+    args = dict(paired=1.0, unpaired="split", seed=0)
 
-
-def both(device, call, model, dataset, judged=None):
-    """call(model, dataset, judged) on the CPU and on the device, with the same noise.
-    -> how often it reads there"""
-    there = (
-        copy.deepcopy(model).to("meta"),
-        data.Dataset(*(x.to("meta") if isinstance(x, data.Split) else x for x in dataset)),
-    )
-    judged = judged or {}
-    torch.manual_seed(0)
-    plain = call(model, dataset, judged)
-    judged = {name: copy.deepcopy(oracle).to("meta") for name, oracle in judged.items()}
-    device.reads = 0
-    torch.manual_seed(0)
-    found = call(*there, judged)
-    for a, b in zip(tree_leaves(found), tree_leaves(plain), strict=True):
-        assert np.array_equal(values(a), b)
-    return device.reads
-
-
-def joint(model, dataset, judged):
-    return evaluation.joint_coherence(model, dataset, judged, samples=len(dataset.test))
-
-
-def latent(model, dataset, judged):
-    index = torch.arange(len(dataset.test))
-    return evaluation.latent_samples(model, dataset.test, (True, False), index)
-
-
-@pytest.mark.parametrize("name, metric, n", [  # of 500 test examples at most
-    ("mnist-split", evaluation.split_accuracy, 1002), ("mnist-svhn", evaluation.coherence, 40),
-    ("mnist-svhn", evaluation.mutual_information, 40), ("mnist-svhn", joint, 1002),
-    ("mnist-split", latent, 1002),
-])  # fmt: skip
-def test_a_metric_reads_its_result_and_no_batch(name, metric, n, device):
-    model = SCRIPTS["meme"].MODEL(nets.modalities(name), 8)
-    one, two = toy(name, 20), toy(name, n)
-    judged = judges(one)
-    assert both(device, metric, model, one, judged) == both(device, metric, model, two, judged)
-
-
-def everything(model, dataset, judged):
-    """The outputs of an evaluation and its figures, except the metrics above."""
-    views, masks = evaluation.views(dataset), evaluation.subsets(dataset.names)
-    predict = lambda means: evaluation.predict(means, dataset, judged)  # noqa: E731
-    yield evaluation.evaluate(model, dataset, {}, examples=3, samples=40)
-    yield figures.generations(model, dataset, masks, views)
-    yield figures.joint_samples(model, views, predict)
-    yield figures.distances(model, dataset.test, 0, 1, evaluation.w2)
-    yield figures.latent_points(model, dataset, masks, evaluation.latent_samples)
-    yield figures.gradient_ratios(model, dataset.test[torch.arange(5)], draws=3)
-
-
-def test_an_evaluation_and_its_figures_stay_on_the_device(device):
-    dataset = toy(n=40)
-    model = SCRIPTS["meme"].MODEL(nets.modalities(dataset.name), 8)
-    both(device, lambda *given: list(everything(*given)), model, dataset, judges(dataset))
-
-
-@pytest.mark.parametrize("name", ["meme", "svae"])
-def test_own_arrays_are_scored_and_filled_in_on_the_device(name, device, tmp_path):
-    rng, n = np.random.default_rng(0), 60
-    a, b, c = rng.normal(size=(n, 4)), rng.integers(0, 9, (n, 6)), np.arange(n) % 3
-    a[5:20, 2] = np.nan
-    mask = rng.random((n, 3)) > 0.2
-    mask[~mask.any(1)] = True
-    path = save_arrays(tmp_path / "own.npz", a, b, c, train_mask=mask, test_mask=mask)
-    np.savez(new := tmp_path / "new.npz", **{"0": a[:9], "1": b[:9], "mask": mask[:9]})
-    dataset = data.load(str(path))
-    model = SCRIPTS[name].MODEL(nets.modalities(**dataset.spec), 4)
-    files = (tmp_path / f"{k}.npz" for k in itertools.count())
-
-    def outputs(model, dataset, _):
-        yield npz.evaluate(model, dataset)
+    def outputs(model, dataset):
+        run = command.Run(tmp_path, args, epoch=1, minutes=0.0, model=model, log=[])
+        benchmark = command.Benchmark(dataset, {}, {}, str(tmp_path))
+        results = [command.evaluate(run, benchmark, examples=3, samples=40)]
         for draws in (None, 3):
-            npz.fill(model, dataset.spec, new, out := next(files), draws, dataset=dataset)
-            yield dict(np.load(out))
+            fill.fill(model, new, out := tmp_path / f"{next(files)}.npz", draws, dataset=dataset)
+            results.append(dict(np.load(out)))
+        return results
 
-    both(device, lambda *of: list(outputs(*of)), model, dataset)
-
-
-def test_an_oracle_waits_for_its_gaussian_process_alone(device):
-    dataset, waited = toy("mnist-split", 60), []
-    split, (view,) = dataset.train.to("meta"), evaluation.views(dataset).values()
-    for steps in (2, 4):
-        device.reads = device.writes = 0
-        oracle = oracles.train_oracle(split, view, steps)
-        waited.append((device.reads, device.writes))
-    assert {type(w) for w in oracle.state_dict().values()} == {There}
-    assert waited[1] == (waited[0][0] + 2, waited[0][1])  # whether its Cholesky factor exists
+    return model, dataset, outputs
 
 
-def test_an_oracle_is_loaded_on_a_device(device, tmp_path, monkeypatch):
-    def accuracy(model, dataset, judged):
-        return oracles.load_oracle(dataset, "image", tmp_path, steps=2)[1]
-
-    monkeypatch.setattr(data, "atomic_write", lambda *args: None)
-    both(device, accuracy, nn.Identity(), toy("mnist-split", 60))
-
-
-def words_and_photos():
-    """20 + 10 captions of 4 + 2 photos."""
-    words = [*cub.SPECIALS, *"the a bird red wing".split()]
-    splits = []
+def words_and_photos(tmp_path):
+    """CUB's correlations, of 20 + 10 captions of 4 + 2 photos."""
+    words, splits = [*SPECIALS, *"the a bird red wing".split()], []
     for n in (4, 2):
         captions = torch.randint(3, len(words), (5 * n, 32))
         rows = [torch.arange(n).repeat_interleave(5), torch.arange(5 * n)]
         splits.append(data.Split([torch.rand(n, 2048), captions], rows))
     spec = {"name": "cub", "vocabulary": len(words)}
-    return data.Dataset("cub", *splits, spec, ("image", "caption"), words=words)
+    dataset = data.Dataset("cub", *splits, spec, ("image", "caption"), words=words)
+    model = SCRIPTS["meme"].MODEL(nets.modalities(**spec), 8, pseudo_samples=4).eval()
+    return model, dataset, lambda model, dataset: cub.compared_pairs(model, dataset, tmp_path, 8)
 
 
-def molecules():
-    """20 + 10 spectra of as many molecules, and 3 to be named among 4 candidates each."""
+def molecules(tmp_path):
+    """Scores of 20 + 10 spectra, and of 3 molecules to be named among 4 candidates each."""
 
     def peaks(n):
-        columns = torch.arange(5 * n, dtype=torch.int32) * 7 % spectra.BINS
-        return spectra.Sparse(5 * torch.arange(n + 1), columns, torch.rand(5 * n), spectra.BINS)
+        columns = torch.arange(5 * n, dtype=torch.int32) * 7 % BINS
+        return Sparse(5 * torch.arange(n + 1), columns, torch.rand(5 * n), BINS)
 
     splits = [data.Split([peaks(n), torch.rand(n, 2149) > 0.5]) for n in (20, 10)]
     bits = np.random.default_rng(0).integers(0, 256, (12, 269), np.uint8)
-    challenges = spectra.Challenges(list("ABC"), peaks(3), np.arange(3), 4 * np.arange(4), bits)
+    challenges = Challenges(list("ABC"), peaks(3), np.arange(3), 4 * np.arange(4), bits)
     spec = {"name": "spectra", "width": 0.01}
-    return data.Dataset("spectra", *splits, spec, ("spectrum", "fingerprint")), challenges
+    dataset = data.Dataset("spectra", *splits, spec, ("spectrum", "fingerprint"))
+    model = SCRIPTS["meme"].MODEL(nets.modalities(**spec), 8, pseudo_samples=4).eval()
+    return model, dataset, lambda model, dataset: spectra.scores(model, dataset, challenges)
 
 
-def test_metrics_of_cub_and_spectra_stay_on_the_device(device, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "atomic_write", lambda *args: None)
-    dataset = words_and_photos()
-    model = SCRIPTS["meme"].MODEL(nets.modalities(**dataset.spec), 8).eval()
-    both(device, lambda m, d, _: cub.correlated(m, d, tmp_path, 30), model, dataset)
-    dataset, challenges = molecules()
-    model = SCRIPTS["meme"].MODEL(nets.modalities(**dataset.spec), 8).eval()
-    both(device, lambda m, d, _: spectra.scores(m, d, challenges), model, dataset)
+SLOW = pytest.param(words_and_photos, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [digits, own_arrays, molecules, SLOW])
+def test_an_evaluation_is_the_same_on_the_device(case, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "atomic_write", lambda path, write: write(open(path, "wb"))
+                        if Path(path).suffix == ".npz" else None)  # fmt: skip
+    model, dataset, outputs = case(tmp_path)
+    there = (
+        copy.deepcopy(model).to("meta"),
+        dataset._replace(train=dataset.train.to("meta"), test=dataset.test.to("meta")),
+    )
+    results = []
+    for pair in ((model, dataset), there):
+        torch.manual_seed(0)
+        results.append(tree_leaves(outputs(*pair)))
+    for a, b in zip(*results, strict=True):
+        assert np.array_equal(values(b), a, equal_nan=not isinstance(a, str))

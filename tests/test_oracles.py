@@ -1,6 +1,5 @@
 """Oracles: the classifiers, their training and cache, the Gaussian process."""
 
-import functools
 import itertools
 import math
 
@@ -11,9 +10,8 @@ from torch import nn
 from torch.distributions import Categorical, MultivariateNormal, kl_divergence
 
 import data
-from benchmarks import oracles
-from benchmarks.glyphs import glyphs
-from helpers import toy
+from evaluation import oracles
+from loaders.glyphs import glyphs
 
 
 def test_an_oracle_predicts_by_its_members_mean():
@@ -103,10 +101,11 @@ def test_each_member_is_trained_on_its_own_corrupt_images(monkeypatch):
     split = data.Split([digits, digits.expand(-1, 3, 2, 2)], labels=labels)
     monkeypatch.setattr(oracles, "Classifier", Tiny)
     monkeypatch.setattr(oracles, "corrupt", lambda x: x + torch.rand(len(x), 3, 1, 1))
-    monkeypatch.setattr(oracles.GaussianProcess, "fit", lambda self, *xs: fits.append(xs))
-    view = oracles.each(("mnist", "svhn"))["svhn"]
+    monkeypatch.setattr(oracles.GaussianProcess, "fit", lambda self, *xs, **_: fits.append(xs))
     torch.manual_seed(1)
-    found = oracles.train_oracle(split, view, steps=9)
+    shares = []
+    found = oracles.train_oracle(split, (1,), steps=9, report=shares.append)
+    assert shares == pytest.approx([k / 36 for k in range(1, 28)])  # and 9 of the process, below
     torch.manual_seed(0)
     replayed = oracles.Oracle(3)
     for member in replayed.members:
@@ -127,39 +126,120 @@ def test_each_member_is_trained_on_its_own_corrupt_images(monkeypatch):
     assert torch.allclose(h, found.members[0].gain * (y[:, None] * 25 / 255), atol=1e-4)
 
 
-def test_an_oracle_is_cached_until_the_images_change(tmp_path):
-    dataset, path = toy(n=64), tmp_path / "oracles" / "mnist-svhn-mnist.pt"
-    load = functools.partial(oracles.load_oracle, dataset, "mnist", tmp_path, steps=3)
-    oracle, accuracy = load()
-    made = path.stat().st_mtime_ns
-    again, same = load()
-    x = torch.rand(5, 1, 28, 28)
-    assert path.stat().st_mtime_ns == made and same == accuracy
-    assert torch.equal(oracle.members[2](x), again.members[2](x)) and not again.training
-    dataset.train.bases[0][5, 0, 3, 3] += 1
-    load()
-    assert path.stat().st_mtime_ns != made
-    path.write_bytes(path.read_bytes()[:100])
-    load()
-    assert len(path.read_bytes()) > 100 and load()[1] >= 0
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+# ------------------------------------------------------------------------------------- the cache
+
+
+def halves(n=40):
+    """Two bands of random digits; the test split has other images and other frequencies."""
+    generator, splits = torch.Generator().manual_seed(0), []
+    for size, digits in ((n, 10), (n // 2, 4)):
+        bands = [
+            torch.randint(256, (size, 1, 14, 28), generator=generator, dtype=torch.uint8)
+            for _ in range(2)
+        ]
+        labels = torch.randint(digits, (size,), generator=generator)
+        splits.append(data.Split(bands, labels=labels))
+    return data.Dataset(
+        "mnist-split", *splits, spec={}, names=("top", "bottom"), views={"image": (0, 1)}
+    )
+
+
+def load(dataset, root, **options):
+    return oracles.load_oracle(dataset, "image", root, **{"steps": 2} | options)
+
+
+def test_a_cached_oracle_is_the_trained_one(tmp_path, monkeypatch):
+    dataset, x = halves(), torch.rand(5, 1, 28, 28)
+    trained, accuracy = load(dataset, tmp_path)
+    monkeypatch.setattr(oracles, "train_oracle", None)
+    again, same = load(dataset, tmp_path)
+    assert same == accuracy and not again.training
+    for member, other in zip(trained.members, again.members, strict=True):
+        assert torch.equal(member(x), other(x))
+    assert torch.equal(trained.process.inducing, again.process.inducing)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["mnist-split-image.pt"]
+
+
+def test_the_accuracy_is_that_of_the_test_images(tmp_path):
+    dataset = halves()
+    oracle, accuracy = load(dataset, tmp_path)
+    with torch.no_grad():
+        stacked = torch.cat(dataset.test[torch.arange(20)], 2)  # the top above the bottom
+        p = torch.stack([member(stacked).softmax(1) for member in oracle.members]).mean(0)
+    right = (p.argmax(1) == dataset.test.labels).sum().item()
+    assert accuracy == pytest.approx(right / 20)
+
+
+def change_image(dataset, split):
+    getattr(dataset, split).bases[1][7, 0, 3, 3] += 1
+
+
+def change_label(dataset, split):
+    getattr(dataset, split).labels[7] += 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("change", [change_image, change_label])
+def test_other_images_or_labels_need_another_oracle(change, split, tmp_path, monkeypatch):
+    dataset = halves()
+    load(dataset, tmp_path)
+    change(dataset, split)
+    calls = []
+    train = oracles.train_oracle
+    monkeypatch.setattr(oracles, "train_oracle", lambda *xs, **_: calls.append(xs) or train(*xs))
+    load(dataset, tmp_path)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [dict(steps=3), dict(seed=1)])
+def test_other_settings_need_another_oracle(options, tmp_path):
+    dataset = halves()
+    first, second = (load(dataset, tmp_path, **chosen)[0] for chosen in ({}, options))
+    weights = (oracle.members[0].head[-1].weight for oracle in (first, second))
+    assert not torch.equal(*weights)
+
+
+def test_images_are_hashed_once_for_all_views(tmp_path, monkeypatch):
+    dataset = halves()
+    images = oracles.image_digest(dataset)
+    load(dataset, tmp_path)
+    monkeypatch.setattr(oracles, "train_oracle", None)
+    monkeypatch.setattr(oracles, "image_digest", None)
+    load(dataset, tmp_path, images=images)  # the cached one
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    dataset, path = halves(), tmp_path / "oracles" / "mnist-split-image.pt"
+    load(dataset, tmp_path)
+    for content in (path.read_bytes()[:1000], b"", b"no zip"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="mnist-split-image.pt is damaged: delete it"):
+            load(dataset, tmp_path)
+
+
+def test_an_oracle_that_cannot_be_cached_is_returned(tmp_path, capsys):
+    (tmp_path / "oracles").write_text("no folder")
+    oracle, _ = load(halves(), tmp_path)
+    assert isinstance(oracle, oracles.Oracle)
+    assert "oracles/mnist-split-image.pt cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "name, n, steps, off, times",
     [
-        ("grey", 1000, 40, 0.02, 2),
+        ("grey", 600, 25, 0.03, 2),
         pytest.param("grey", 10_000, None, 0.01, 4, marks=pytest.mark.slow),
         pytest.param("colour", 10_000, None, 0.01, 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_process_predicts_as_its_oracle_and_doubts_noise(name, n, steps, off, times, tmp_path):
     train, test = glyphs(n, seed=0), glyphs(max(300, n // 10), seed=1)
-    dataset = data.Dataset("glyphs", train, test, {}, ("grey", "colour"))
+    views = {"grey": (0,), "colour": (1,)}
+    dataset = data.Dataset("glyphs", train, test, {}, ("grey", "colour"), views=views)
     oracle, accuracy = oracles.load_oracle(dataset, name, tmp_path, steps=steps)
     x, test_x = (s[torch.arange(len(s))][dataset.names.index(name)] for s in (train, test))
-    if steps == 40:  # too few for the process
-        oracle.process.fit(oracle.members[0].features(x).detach(), train.labels, steps=100)
+    if steps == 25:  # too few for the process
+        oracle.process.fit(oracle.members[0].features(x).detach(), train.labels, steps=40)
     with torch.no_grad():
         guess = oracle.process(oracle.members[0].features(test_x))[0].argmax(-1)
         seen, noise = oracle.information(test_x), oracle.information(torch.rand_like(test_x))
@@ -247,7 +327,9 @@ def test_the_process_is_fit_by_adam_on_its_elbo():
         some, replayed = process(points), process(points)
         replayed.load_state_dict(some.state_dict())
         torch.manual_seed(2)
-        some.fit(h, y, steps=3)
+        calls = []
+        some.fit(h, y, steps=3, step_done=lambda: calls.append(1))
+        assert len(calls) == 3
         torch.manual_seed(2)
         chosen = h[torch.randperm(40)[:points]]
         replayed.inducing.data[:40] = chosen  # the rest stay

@@ -1,22 +1,18 @@
-"""Runs: the loop against a plain loop written out here, runs that are killed and resumed, mistakes of
-a user, and whether the commands and the code that the pages show work. `pytest -m slow` kills at
-every moment and trains with every command."""
+"""Runs: the loop against a plain loop written out here, runs that are killed and resumed, what
+stops them, and mistakes of a user. `pytest -m slow` kills at every moment."""
 
-import ast
 import copy
-import csv
+import io
 import itertools
 import json
 import math
 import os
 import pickle
-import random
 import re
-import shutil
+import runpy
+import shlex
 import signal
-import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,36 +20,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, checkpoint, ended, forked, free_port, images, refused, same
-from helpers import shi, tiny, train, weights
 from torch import nn
-from torch.testing import assert_close
 
 import data
 import nets
-from benchmarks import cub
+from helpers import ROOT, SCRIPTS, checkpoint, content, ended, error_of, every_pattern, forked
+from helpers import free_port, images, log_of, refused, same, train, user_arrays, weights
 
-slow = pytest.mark.slow
 MODELS = pytest.mark.parametrize("script", SCRIPTS)
 FILES = ["args.json", "checkpoint.pt", "log.csv"]
 
 
 def files_of(run):
     return sorted(path.name for path in run.iterdir())
-
-
-def log_of(run):
-    """The rows of log.csv, as numbers."""
-    with open(run / "log.csv", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def sentence(capsys):
-    """The only line on stderr beside argparse's usage."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if not line.startswith("usage:")]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 # ---------------------------------------------------------- the loop, and the same loop written out
@@ -66,18 +45,16 @@ OPTIONS = {
     "mvae": dict(anneal=2),
 }
 FLAGS = dict(paired=0.5, unpaired="split", sampling="natural", batch_size=64, epochs=3, seed=7)
-FLAGS |= dict(lr=3e-3, decay=0.5, clip=20, latent_dim=3, weights="2,0.5")
+FLAGS |= dict(lr=3e-3, decay=0.5, clip=2, latent_dim=3, weights="2,0.5")
+OTHERS = dict(paired=0.25, unpaired="all", sampling="balanced", batch_size=96, epochs=2, seed=3)
+OTHERS |= dict(lr=1e-3, decay=0, clip=0, latent_dim=2, likelihoods="laplace,bernoulli")
+RATES = {3: (3e-3, 3e-3, 2e-3), 2: (1e-3, 1e-3)}  # in the last 1.5 of 3 epochs the rate falls
 
 
 @pytest.fixture
 def own(tmp_path):
     """An .npz whose 600 examples are more than log.csv looks at and no multiple of a batch."""
-    rng, found = np.random.default_rng(1), {}
-    for part, n in (("train", 600), ("test", 20)):
-        z = rng.normal(size=(n, 1))
-        found[f"{part}_0"] = (z + 0.3 * rng.normal(size=(n, 5))).astype(np.float32)
-        found[f"{part}_1"] = z + 0.3 * rng.normal(size=(n, 4)) > 0
-    np.savez(tmp_path / "own.npz", **found)
+    np.savez(tmp_path / "own.npz", **user_arrays((600, 20), noise=0.3, seed=1))
     return tmp_path / "own.npz"
 
 
@@ -105,27 +82,33 @@ def clock(monkeypatch):
     return clock
 
 
-def plain_loop(script, path, world=1):
-    """The run of FLAGS and OPTIONS, step by step. -> model, optimizer, the rows of its log"""
-    dataset = data.load(path)
-    streams = data.pairing(len(dataset.train), ("0", "1"), 0.5, "split", seed=7)
-    torch.manual_seed(7)
-    modalities = nets.modalities(**dataset.spec, weights=[2, 0.5])
-    model, log = SCRIPTS[script].MODEL(modalities, 3, **OPTIONS[script]), []
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
+def plain_loop(script, path, flags, world=1, **more):
+    """The run of these flags, step by step. more: how data.load reads the .npz.
+    -> model, optimizer, the rows of its log"""
+    f, dataset = SimpleNamespace(**flags), data.load(path, **more)
+    streams = data.pairing(
+        len(dataset.train), dataset.names, f.paired, f.unpaired, f.seed, dataset.mask
+    )
+    torch.manual_seed(f.seed)
+    factors = [float(factor) for factor in flags.get("weights", "1,1").split(",")]
+    modalities = nets.modalities(**dataset.spec, weights=factors if "weights" in flags else None)
+    model, log = SCRIPTS[script].MODEL(modalities, f.latent_dim, **OPTIONS[script]), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=f.lr, fused=True)
     if script == "meme":
-        model.init_pseudo_samples(data.observed(dataset.train, streams, 16))
+        model.init_pseudo_samples(dataset.train.distinct_examples(streams, 16))
     ranks = [model] + [copy.deepcopy(model) for _ in range(1, world)]
-    for epoch in (1, 2, 3):
-        seed, total, examples, noise, batches = 1_000_003 * 7 + epoch, 0.0, 0, [], []
+    for epoch in range(1, f.epochs + 1):
+        seed, noise, batches = 1_000_003 * f.seed + epoch, [], []
+        total, examples = [0.0] * world, 0
         for rank, replica in enumerate(ranks):
             torch.manual_seed(4_099 * seed + rank)
             noise.append(torch.get_rng_state())
             order = torch.Generator().manual_seed(seed)
-            batches.append(data.batches(dataset.train, streams, 64, "natural", order, rank, world))
+            size = f.batch_size, f.sampling, order, rank, world
+            batches.append(data.batches(dataset.train, streams, *size))
             if script == "mvae":
                 replica.start_epoch(epoch)
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1, 1, 2 / 3)[epoch - 1]  # the last 1.5 of 3
+        optimizer.param_groups[0]["lr"] = RATES[f.epochs][epoch - 1]
         for steps, step in enumerate(zip(*batches, strict=True), 1):
             for replica in ranks[1:]:  # weights, and rank 0's BatchNorm statistics
                 replica.load_state_dict(model.state_dict())
@@ -135,25 +118,27 @@ def plain_loop(script, path, world=1):
                 replica.zero_grad()
                 loss.sum().backward()
                 noise[rank] = torch.get_rng_state()
-                total += loss.sum().item()
+                total[rank] += loss.sum().detach()
                 examples += sum(len(next(x for x in xs if x is not None)) for _, xs in batch)
             for same_weight in zip(*(replica.parameters() for replica in ranks)):
                 gradients = [w.grad for w in same_weight if w.grad is not None]
                 same_weight[0].grad = sum(gradients) / world if gradients else None
-            nn.utils.clip_grad_norm_(model.parameters(), 20)
+            if f.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), f.clip)
             optimizer.step()
 
         torch.set_rng_state(noise[0])
+        row = {"epoch": epoch, "objective": -sum(total).item() / world / steps}
         model.eval()
-        row = {"epoch": epoch, "objective": -total / steps / world}
         with torch.no_grad():
-            xs = dataset.train[streams[0][1][:256]]
-            model.objective(*xs)  # its noise comes first
+            mask, index = streams[0]
+            xs = data.select(dataset.train, mask, index[:256])
+            model.objective(*xs)  # is checked; its noise comes first
             z = model.posterior(*xs).sample()
             for m, decoder, x in zip(modalities, model.decoders, xs):
                 row[f"log_p_{m.name}"] = nets.log_prob(m, decoder(z), x).mean().item()
         model.train()
-        log.append(row | {"examples": examples})
+        log.append(row | {"examples": examples, "seconds": 0.4 * steps})
     return model, optimizer, log
 
 
@@ -162,22 +147,57 @@ def assert_is(run, model, optimizer, log):
     state, expected = checkpoint(run), optimizer.state_dict()
     assert same(state["model"], model.state_dict())
     assert state["optimizer"]["param_groups"] == expected["param_groups"]
-    for of, moments in zip(state["optimizer"]["state"].values(), expected["state"].values()):
-        assert same(of, moments)
+    for moments, others in zip(state["optimizer"]["state"].values(), expected["state"].values()):
+        assert same(moments, others)
     rows = log_of(run)
     assert rows == state["log"] and state["epoch"] == len(rows)
-    for row, wanted in zip(rows, log, strict=True):
-        assert list(row) == [*list(wanted)[:-1], "examples_per_second", "seconds"]
-        drawn = row.pop("examples_per_second") * row["seconds"]
-        assert drawn == pytest.approx(wanted.pop("examples"))
-        assert row.pop("seconds") == pytest.approx(10 * 0.4)
-        assert row == pytest.approx(wanted, rel=1e-6)
+    for row, other in zip(rows, log, strict=True):
+        speed = other.pop("examples") / other["seconds"]
+        assert list(row) == [*list(other)[:-1], "examples_per_second", "seconds"]
+        assert row.pop("examples_per_second") == pytest.approx(speed)
+        assert row.pop("seconds") == pytest.approx(other.pop("seconds"))
+        assert row == other
 
 
 @MODELS
 def test_a_run_is_a_plain_loop_to_the_bit(script, own, batchnorm, clock, tmp_path):
     train(script, dataset=own, **FLAGS, **OPTIONS[script], out=tmp_path / "run")
-    assert_is(tmp_path / "run", *plain_loop(script, own))
+    assert_is(tmp_path / "run", *plain_loop(script, own, FLAGS))
+
+
+def test_with_other_flags_it_is_that_plain_loop(own, batchnorm, clock, tmp_path):
+    arrays = dict(np.load(own))
+    for name in ("train_0", "train_1"):
+        arrays[name] = arrays[name][:384]
+    np.savez(tmp_path / "short.npz", **arrays)
+    more = "--no-standardise", "--limit", 384
+    train("mvae", *more, dataset=own, **OTHERS, **OPTIONS["mvae"], out=tmp_path / "run")
+    likelihoods = ["laplace", "bernoulli"]
+    plain = plain_loop(
+        "mvae", tmp_path / "short.npz", OTHERS, likelihoods=likelihoods, standardise=False
+    )
+    assert_is(tmp_path / "run", *plain)
+
+
+def test_a_mask_of_many_patterns_trains_one_per_step(own, clock, tmp_path, capsys):
+    arrays = dict(np.load(own))
+    arrays |= {f"{part}_2": -arrays[f"{part}_0"][:, :3] for part in ("train", "test")}
+    np.savez(own, **arrays, train_mask=every_pattern(600, 3))
+    flags = FLAGS | dict(paired=1.0, epochs=2, lr=1e-3, weights="2,1,0.5", decay=0)
+    train("mvae", dataset=own, **flags, **OPTIONS["mvae"], out=tmp_path / "run")
+    assert "objective" not in capsys.readouterr().out  # a few patterns' is not the next epoch's
+    assert_is(tmp_path / "run", *plain_loop("mvae", own, flags))
+
+
+def test_a_modality_that_no_logged_example_shows_is_nan(arrays, tmp_path):
+    mask = np.arange(96)[:, None] % 3 == [0, 1]  # none shows both, a third the first
+    mask[~mask.any(1)] = [True, False]
+    np.savez(arrays, **np.load(arrays), train_mask=mask)
+    train("mvae", dataset=arrays, batch_size=48, epochs=1, out=tmp_path / "run")
+    (row,) = log_of(tmp_path / "run")
+    finite = {key: math.isfinite(row[key]) for key in ("objective", "log_p_0", "log_p_1")}
+    streams = data.load(arrays).streams()
+    assert finite == {"objective": True, "log_p_0": streams[0][0][0], "log_p_1": streams[0][0][1]}
 
 
 def one_rank(rank, world, port, script, flags):
@@ -195,151 +215,13 @@ def ranks(world, script, flags):
     return [forked(one_rank, rank, world, port, script, flags) for rank in range(world)]
 
 
-@pytest.mark.parametrize("script", ["meme", "mvae"])
-def test_two_processes_are_a_plain_loop_to_the_bit(script, own, batchnorm, clock, tmp_path):
-    flags = dict(dataset=own, **FLAGS, **OPTIONS[script], out=tmp_path / "run")
-    assert ended(*ranks(2, script, flags)) == [0, 0]
-    assert_is(tmp_path / "run", *plain_loop(script, own, world=2))
+def test_two_processes_are_a_plain_loop_to_the_bit(own, batchnorm, clock, tmp_path):
+    flags = dict(dataset=own, **FLAGS, **OPTIONS["meme"], out=tmp_path / "run")
+    assert ended(*ranks(2, "meme", flags)) == [0, 0]
+    assert_is(tmp_path / "run", *plain_loop("meme", own, FLAGS, world=2))
 
 
-def gradients_of_one_rank(rank, world, url, out):
-    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=world)
-    torch.randn_like = torch.zeros_like
-    split, streams = tiny(11), data.pairing(11, ("0", "1"), 0.5, "split")
-    layers = partial(nets.mlp_encoder, (1, 8)), partial(nets.mlp_decoder, (8, 1), (1,))
-    modalities = [nets.Modality(name, (1,), *layers, "normal") for name in ("0", "1")]
-    torch.manual_seed(0)
-    model = SCRIPTS["mvae"].MODEL(modalities, 2)
-    net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    order = torch.Generator().manual_seed(1)
-    for batch in data.batches(split, streams, 7, "natural", order, rank, world):
-        net(batch).sum().backward()
-    if rank == 0:
-        torch.save([w.grad for w in model.parameters()], out)
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    for world in (1, 2):
-        of = world, f"tcp://127.0.0.1:{free_port()}", tmp_path / f"{world}.pt"
-        pids = [forked(gradients_of_one_rank, rank, *of) for rank in range(world)]
-        assert ended(*pids) == [0] * world
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
-    assert_close(one, two, atol=1e-5, rtol=1e-4)
-
-
-# -------------------------------------------------------------------------- one line of it at a time
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """The state of a model of mvae or meme in each of its steps."""
-    found = []
-    for script in ("mvae", "meme"):
-        model = SCRIPTS[script].MODEL
-
-        def watched(self, streams, forward=model.forward):
-            step = SimpleNamespace(training=self.training, noise=torch.get_rng_state())
-            step.autocast = torch.is_autocast_enabled("cpu")
-            step.examples = torch.cat([xs[0].flatten() for _, xs in streams if xs[0] is not None])
-            step.state = copy.deepcopy(self.state_dict())
-            found.append(step)
-            return forward(self, streams)
-
-        monkeypatch.setattr(model, "forward", watched)
-    return found
-
-
-def all_differ(tensors):
-    return all(not torch.equal(a, b) for a, b in itertools.combinations(tensors, 2))
-
-
-def test_every_step_is_in_training_mode_after_a_log_too(arrays, tmp_path, steps):
-    train("mvae", dataset=arrays, batch_size=48, epochs=3, out=tmp_path / "run")
-    assert [step.training for step in steps] == [True] * 6
-
-
-def test_every_epoch_has_its_own_order_and_noise(arrays, tmp_path, steps):
-    flags = dict(dataset=arrays, batch_size=96)  # an epoch is one step
-    train("mvae", **flags, epochs=3, out=tmp_path / "a")
-    train("mvae", **flags, epochs=1, seed=1, out=tmp_path / "b")
-    assert len(steps) == 4
-    assert all_differ([step.examples for step in steps])
-    assert all_differ([step.noise for step in steps])
-
-
-def test_every_rank_draws_its_own_noise(arrays, tmp_path, steps, monkeypatch):
-    for name in ("init_process_group", "all_reduce", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
-    parallel = lambda net, find_unused_parameters: net  # noqa: E731
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", parallel)
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
-        train("mvae", dataset=arrays, batch_size=96, epochs=2, out=tmp_path / str(rank))
-    first, second = steps[:2], steps[2:]
-    assert all_differ([step.noise for step in steps])
-    for a, b in zip(first, second):  # the same order, from which each takes its half
-        assert len(a.examples.view(-1, 5)) == len(b.examples.view(-1, 5)) == 48
-        assert len(torch.cat([a.examples, b.examples]).view(-1, 5).unique(dim=0)) == 96
-    assert files_of(tmp_path / "0") == FILES and files_of(tmp_path / "1") == []
-
-
-def test_pseudo_samples_start_as_observed_examples_and_once(arrays, tmp_path, steps):
-    flags = dict(dataset=arrays, paired=0.5, batch_size=96, pseudo_samples=10, out=tmp_path / "a")
-    train("meme", **flags, epochs=1)
-    train("meme", **flags, epochs=2, resume=True)
-    streams = data.pairing(96, ("0", "1"), 0.5)
-    expected = data.observed(data.load(arrays).train, streams, 10)
-    pseudo = [[step.state[f"pseudo.{m}"] for m in (0, 1)] for step in steps]
-    assert len(expected[0]) == 10 and torch.equal(pseudo[0][0], expected[0])
-    bits = expected[1]  # of four bits there are ten different rows, or fewer
-    assert torch.equal(pseudo[0][1][: len(bits)], bits)
-    assert not torch.equal(pseudo[1][0], expected[0])  # resumed, they are those of the checkpoint
-
-
-def test_a_model_is_told_every_epoch_before_its_first_step(arrays, tmp_path, steps):
-    flags = dict(dataset=arrays, batch_size=96, anneal=4, out=tmp_path / "run")
-    train("mvae", **flags, epochs=2)
-    train("mvae", **flags, epochs=5, resume=True)
-    assert [step.state["beta"].item() for step in steps] == [0.25, 0.5, 0.75, 1, 1]
-
-
-def test_logging_leaves_statistics_and_training_mode_as_they_were(own, batchnorm):
-    dataset = data.load(own)
-    model = SCRIPTS["meme"].MODEL(nets.modalities(**dataset.spec), 3)
-    xs = dataset.train[torch.arange(50)]
-    model.objective(*xs)
-    before = copy.deepcopy(model.state_dict())
-    torch.manual_seed(1)
-    objective, log_px = SCRIPTS["meme"].log_px_z(model, xs)
-    assert same(model.state_dict(), before) and model.training
-    model.eval()
-    torch.manual_seed(1)
-    assert objective == model.objective(*xs).item()
-    assert list(log_px) == ["log_p_0", "log_p_1"]
-
-
-def test_what_a_log_draws_changes_no_later_epoch(arrays, tmp_path, monkeypatch):
-    flags, log_px_z = dict(dataset=arrays, batch_size=48, epochs=2), SCRIPTS["mvae"].log_px_z
-    train("mvae", **flags, out=tmp_path / "a")
-
-    def and_more(model, xs):
-        torch.rand(5), np.random.rand(5), random.random()
-        return log_px_z(model, xs)
-
-    monkeypatch.setattr(SCRIPTS["mvae"], "log_px_z", and_more)
-    train("mvae", **flags, out=tmp_path / "b")
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-
-
-def test_a_modality_missing_from_the_logged_examples_is_nan(arrays, tmp_path):
-    found = dict(np.load(arrays))
-    mask = np.arange(96)[:, None] % 3 == [0, 1]
-    mask[mask.sum(1) == 0] = [True, False]  # two thirds show the first alone, a third the second
-    np.savez(arrays, **found, train_mask=mask)
-    train("mvae", dataset=arrays, batch_size=48, epochs=1, out=tmp_path / "run")
-    (row,) = log_of(tmp_path / "run")
-    shown = [math.isfinite(row[f"log_p_{m}"]) for m in (0, 1)]
-    assert sorted(shown) == [False, True] and math.isfinite(row["objective"])
+# ------------------------------------------------------------------------------------- its flags
 
 
 def test_flags_reach_the_data_and_the_model(arrays):
@@ -356,42 +238,25 @@ def test_flags_reach_the_data_and_the_model(arrays):
     assert [m.weight for m in model.modalities] == [2, 0.5]
     assert (model.latent_dim, model.experts, model.anneal) == (3, "exact", 9)
     assert record["options"] == dict(subsets=0, anneal=9, experts="exact")
+    assert args.epochs == record["epochs"] == 1500  # of 40 examples, one step each
     torch.manual_seed(5)
     again = SCRIPTS["mvae"].MODEL(nets.modalities(**record["spec"]), 3, **record["options"])
     assert same(model.state_dict(), again.state_dict())
 
 
-def test_groups_of_a_data_set_are_paired_whole(arrays, monkeypatch):
-    groups = torch.arange(96) // 7
-    dataset = data.load(arrays)._replace(groups=groups)
-    monkeypatch.setattr(data, "load", lambda *args: dataset)
-    _, args = SCRIPTS["mvae"].parse_args(["--dataset", str(arrays), "--paired", "0.5"])
-    _, streams, _, _ = SCRIPTS["mvae"].build(args, {})
-    members = [set(groups[index].tolist()) for _, index in streams]
-    assert len(streams) == 3 and sum(map(len, members)) == len(groups.unique())
+def test_amp_and_compile_act_when_asked_and_only_then(arrays, tmp_path, monkeypatch):
+    compiled, autocast, model = [], [], SCRIPTS["mvae"].MODEL
 
+    def watched(self, streams, forward=model.forward):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, streams)
 
-def test_clip_is_the_norm_of_all_gradients_together(arrays, tmp_path):
-    def gradient(name, **clip):  # of a run's only step: a tenth of it is Adam's first mean
-        flags = dict(dataset=arrays, limit=16, batch_size=16, epochs=1, out=tmp_path / name)
-        train("mvae", **flags, **clip)
-        moments = checkpoint(tmp_path / name)["optimizer"]["state"].values()
-        return torch.cat([10 * of["exp_avg"].flatten() for of in moments])
-
-    free = gradient("none")
-    assert torch.equal(gradient("above", clip=1.01 * free.norm().item()), free)
-    assert torch.equal(gradient("zero", clip=0), free)
-    assert_close(gradient("half", clip=0.5), 0.5 * free / free.norm())
-
-
-def test_amp_and_compile_act_when_asked_and_only_then(arrays, tmp_path, steps, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiled.append(net) or net)
     flags = dict(dataset=arrays, batch_size=96, epochs=1)
     for name, more in [("plain", {}), ("amp", dict(amp=True)), ("compile", dict(compile=True))]:
         train("mvae", **flags, **more, out=tmp_path / name)
-    assert [step.autocast for step in steps] == [False, True, False]
-    assert len(compiled) == 1
+    assert autocast == [False, True, False] and len(compiled) == 1
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "compile"))
 
 
@@ -406,19 +271,18 @@ def test_amp_is_within_one_percent_of_float32():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
 
 
-def test_a_terminal_shows_the_step_and_the_time_left(arrays, tmp_path, clock, capsys, monkeypatch):
-    clock.step = 60
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    train("mvae", dataset=arrays, batch_size=32, epochs=3, out=tmp_path / "run")
-    shown = re.split("[\r\n]+", capsys.readouterr().out)
-    assert [f"epoch {e}, step {s} of 3, {60 * (3 - s)} s left " for e, s in ((1, 1), (2, 3))] == [
-        line for line in shown if line.startswith(("epoch 1, step 1", "epoch 2, step 3"))
-    ]
-    ends = [line.rpartition("  ")[2] for line in shown if re.match(r"epoch \d of 3  ", line)]
-    assert ends == ["6.0 minutes left", "3.0 minutes left", "0.0 minutes left"]
-    row = log_of(tmp_path / "run")[1]
-    numbers = "  ".join(f"{k} {row[k]:.2f}" for k in ("objective", "log_p_0", "log_p_1"))
-    assert any(line.startswith(f"epoch 2 of 3  {numbers}  1 examples/s") for line in shown)
+@pytest.mark.parametrize("script, typed, name", [
+    ("mvae", "", "mvae-glyphs-paired1-split-seed0"),
+    ("svae", "", "svae-glyphs-paired1-all-seed0"),
+    ("meme", "--dataset a/b.npz --paired 0.25 --unpaired x --seed 3 --device cpu --compile",
+     "meme-b-paired0.25-x-seed3"),
+    ("mmvae", "--tight --samples 5 --weights 2,1 --no-standardise --epochs 7 --width 1",
+     "mmvae-glyphs-paired1-split-seed0-epochs=7-weights=2.0,1.0-no-standardise-tight=True-samples=5"),
+])  # fmt: skip
+def test_another_setting_is_another_folder(script, typed, name):
+    folder = Path(SCRIPTS[script].parse_args(typed.split())[1].out)
+    assert folder.parent.name == "runs"
+    assert sorted(folder.name.split("-")) == sorted(name.split("-"))
 
 
 # ------------------------------------------------------------------------------- killed and resumed
@@ -437,45 +301,40 @@ def die_at(moment):
         replace(a, b)
         tick()
 
-    def drawn(*args):
+    def counted(*args):
         for batch in batches(*args):
             tick()
             yield batch
 
-    os.replace, data.batches = renamed, drawn
+    os.replace, data.batches = renamed, counted
 
 
-def dying(moment, rank, *of):
+def dying(moment, rank, *run):
     if rank == 0:
         die_at(moment)
-    one_rank(rank, *of)
+    one_rank(rank, *run)
 
 
-def content(run):
-    """The parts of a run that must be the same to the bit."""
-    state = checkpoint(run)
-    log = [{k: v for k, v in row.items() if "second" not in k} for row in state["log"]]
-    assert [row["epoch"] for row in log_of(run)] == [row["epoch"] for row in log]
-    tensors = [of.values() for of in state["optimizer"]["state"].values()]
-    return state["model"] | dict(enumerate(itertools.chain(*tensors))), state["epoch"], log
+EPOCH = 7  # moments: three batches, checkpoint.pt and log.csv are renamed
+MOMENTS = 6 + 4 * EPOCH  # the three files at first
+SOME = [2, 5, 6 + 2, 6 + EPOCH + 5]  # each between two steps that belong together
 
 
-MOMENTS = 6 + 4 * 9  # three files at first; three batches and three files in each of four epochs
-
-
-@pytest.mark.parametrize("moments", [2, pytest.param(MOMENTS, marks=slow)])
-@pytest.mark.parametrize(
-    "script, world", [*((name, 1) for name in SCRIPTS), pytest.param("mvae", 2, marks=slow)]
-)
+@pytest.mark.parametrize("script, world, moments", [
+    ("meme", 1, SOME),
+    *(pytest.param(name, 1, range(1, MOMENTS + 1), marks=pytest.mark.slow) for name in SCRIPTS),
+    pytest.param("mvae", 2, range(1, MOMENTS + 1), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(script, world, moments, arrays, tmp_path):
     flags = dict(dataset=arrays, paired=0.5, batch_size=32, epochs=4)
     assert ended(*ranks(world, script, flags | dict(out=tmp_path / "whole"))) == [0] * world
     whole, *rest = content(tmp_path / "whole")
-    for moment in random.Random(script).sample(range(1, MOMENTS + 1), moments):
+    for moment in moments:
         run, port = tmp_path / str(moment), free_port()
         own = flags | dict(out=run)
-        of = world, port, script, own
-        first, *others = [forked(dying, moment, rank, *of) for rank in range(world)]
+        first, *others = [
+            forked(dying, moment, rank, world, port, script, own) for rank in range(world)
+        ]
         assert ended(first) == [-signal.SIGKILL]
         for pid in others:
             os.kill(pid, signal.SIGKILL)
@@ -486,83 +345,91 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(script, world, moments
         assert ended(*ranks(world, script, own)) == [0] * world
         again, *log = content(run)
         assert same(again, whole) and log == rest, moment
+        assert [row["epoch"] for row in log_of(run)] == [1, 2, 3, 4]
         assert [name for name in files_of(run) if not name.endswith(".part")] == FILES
 
 
-@MODELS
-def test_a_run_in_parts_is_a_run_in_one(script, arrays, tmp_path):
-    flags = dict(dataset=arrays, paired=0.5, batch_size=32, lr=1e-2, clip=5)
-    train(script, **flags, epochs=3, out=tmp_path / "a")
-    train(script, **flags, epochs=1, out=tmp_path / "b")
-    train(script, "--resume", dataset=arrays, epochs=3, out=tmp_path / "b")
-    (whole, *rest), (again, *log) = content(tmp_path / "a"), content(tmp_path / "b")
-    assert same(whole, again) and rest == log
-    train(script, **flags, epochs=3, out=tmp_path / "c", seed=1)
-    a, c = weights(tmp_path / "a"), weights(tmp_path / "c")
-    assert not any(torch.equal(a[key], c[key]) for key in a if key.startswith("encoders"))
-    args, state = data.read_run(tmp_path / "b")
-    model = SCRIPTS[script].MODEL(nets.modalities(**args["spec"]), 20, **args["options"])
-    model.load_state_dict(state["model"])
-    assert (args["version"], args["script"], args["examples"]) == (1, script, 96)
-
-
-def test_resume_takes_the_new_learning_rate(arrays, tmp_path):
-    flags = dict(dataset=arrays, batch_size=32, anneal=0, out=tmp_path / "run")
+@pytest.mark.parametrize("decay", [0, 0.5])
+def test_resume_takes_the_new_learning_rate(decay, arrays, tmp_path):
+    flags = dict(dataset=arrays, batch_size=32, anneal=0, decay=decay, out=tmp_path / "run")
     train("mvae", **flags, epochs=1)
     before = weights(tmp_path / "run")
     train("mvae", **flags, epochs=2, lr=1e-30, resume=True)
     assert same(weights(tmp_path / "run"), before)
-    assert checkpoint(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == 1e-30
+    rate = checkpoint(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(1e-30, rel=1e-6)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == 1e-30
     train("mvae", **flags, epochs=3, resume=True)  # and keeps it
     assert same(weights(tmp_path / "run"), before)
 
 
-def test_resume_keeps_all_but_a_few_settings(arrays, tmp_path, capsys):
-    flags = ["--dataset", str(arrays), "--out", str(tmp_path)]
-    meme, saved = SCRIPTS["meme"], {}
-    p, args = meme.parse_args(flags)
-    saved = {"version": 1, "script": "meme"} | vars(args) | dict(direction="0", limit=9)
-    taken = set()
-    for action in p._actions[1:]:
-        old = saved[action.dest]
-        value = ["1"] if old is None or isinstance(old, str) else [str(old + 1)]
-        if action.dest == "decay":
-            value = ["1"]
-        if action.choices:
-            value = [next(c for c in action.choices if c != old)]
-        if isinstance(old, bool):
-            value = []
-        flag = action.option_strings[-1 if old is True else 0]
-        if action.dest in ("out", "resume", "help"):
-            continue
-        try:
-            meme.parse_args([*flags, flag, *value], saved)
-            taken.add(action.dest)
-        except SystemExit as stopped:
-            assert stopped.code == 2
-            said = sentence(capsys)
-            assert action.option_strings[0] in said and str(old) in said and "--resume" in said
-    # a moved .npz is found by --dataset, its contents are checked
-    changed = {"epochs", "lr", "decay", "clip", "device", "amp", "compile", "dataset", "data"}
-    assert taken == changed
-    elsewhere = saved | dict(device="cuda:3", lr=0.5, data="/other", epochs=7, kl="sample")
-    _, args = meme.parse_args(flags, elsewhere)
-    assert (args.device, args.lr, args.data, args.epochs) == (
-        p.get_default("device"),
-        0.5,
-        "/other",
-        7,
-    )
-    assert args.kl == "sample" and args.direction == "0"
-
-
-def test_a_run_is_resumed_by_a_relative_path(arrays, tmp_path, monkeypatch):
+def test_a_run_is_resumed_by_its_folder_or_by_its_flags(arrays, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train("mvae", dataset="own.npz", epochs=1)
-    train("mvae", dataset="own.npz", epochs=1, resume=True)
-    args = json.loads(Path("runs/mvae-own-paired1-split-seed0-epochs=1/args.json").read_text())
+    run = Path("runs/mvae-own-paired1-split-seed0")
+    train("mvae", "--dataset", "own.npz", "--epochs", 1, out=run)
+    train("mvae", epochs=2, resume=run)
+    args = json.loads((run / "args.json").read_text())
     assert (args["dataset"], args["data"]) == (str(arrays), str(tmp_path / "data"))
+    train("mvae", dataset="own.npz", epochs=3, out=run, resume=True)
+    train("mvae", "--resume", "--dataset", "own.npz", epochs=3, out=run)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{run} is finished, with 3 epochs; --epochs N goes on to N"
+    assert checkpoint(run)["epoch"] == 3
+    train("mvae", resume=run)  # its own number of epochs is the default
+    assert capsys.readouterr().out.splitlines() == [last]
+    arrays.rename(tmp_path / "moved.npz")
+    refused("mvae", epochs=4, resume=run)
+    train("mvae", dataset="moved.npz", epochs=4, resume=run)
+    assert json.loads((run / "args.json").read_text())["dataset"] == str(tmp_path / "moved.npz")
+
+
+CHANGED = ["epochs", "lr", "decay", "clip", "device", "amp", "compile", "graph", "dataset", "data"]
+
+
+def changes():
+    """Every flag of meme, and another value than the default. -> (name, words)"""
+    p, args = SCRIPTS["meme"].parse_args([])
+    args.likelihoods, args.weights = ["a", "b"], [1.0, 1.0]
+    for action in p._actions:
+        name, old = action.dest, getattr(args, action.dest, None)
+        if name in ("help", "out", "resume"):
+            continue
+        if isinstance(old, bool):
+            yield name, [action.option_strings[-1 if old is True else 0]]
+        elif action.choices:
+            yield name, [action.option_strings[0], next(c for c in action.choices if c != old)]
+        elif isinstance(old, list):
+            yield name, [action.option_strings[0], "2,2"]
+        else:
+            value = "1" if old is None or isinstance(old, str) else str(old + 1)
+            yield name, [action.option_strings[0], value]
+
+
+@pytest.mark.parametrize("name, typed", list(changes()))
+def test_resume_keeps_all_but_a_few_settings(name, typed, arrays, tmp_path, capsys):
+    flags = ["--dataset", str(arrays), "--out", str(tmp_path)]
+    meme = SCRIPTS["meme"]
+    _, args = meme.parse_args(flags)
+    saved = vars(args) | dict(direction="0", limit=9, likelihoods=["a", "b"], weights=[1.0, 1.0])
+    meme.parse_args(flags, saved)
+    if name in CHANGED:
+        _, args = meme.parse_args([*flags, *typed], saved)
+        assert getattr(args, name) != saved[name]
+        return
+    with pytest.raises(SystemExit) as stopped:
+        meme.parse_args([*flags, *typed], saved)
+    flag = f"--{name.replace('_', '-')}"
+    assert stopped.value.code == 2
+    assert f"{tmp_path} has {flag} {saved[name]}: --resume keeps it" in error_of(capsys)
+
+
+def test_the_settings_of_a_run_are_the_defaults_of_its_resumption(arrays, tmp_path):
+    flags = ["--dataset", str(arrays), "--out", str(tmp_path)]
+    p, args = SCRIPTS["meme"].parse_args(flags)
+    saved = vars(args) | dict(device="cuda:3", lr=0.5, data="/other", epochs=7, kl="sample")
+    _, args = SCRIPTS["meme"].parse_args(flags, saved)
+    assert (args.lr, args.data, args.epochs, args.kl) == (0.5, "/other", 7, "sample")
+    assert args.device == p.get_default("device")  # of this machine
 
 
 def test_a_checkpoint_is_tensors_and_numbers_alone(arrays, tmp_path, capsys):
@@ -572,76 +439,184 @@ def test_a_checkpoint_is_tensors_and_numbers_alone(arrays, tmp_path, capsys):
 
     run = tmp_path / "run"
     train("mvae", dataset=arrays, epochs=1, out=run)
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"model", "optimizer", "epoch", "log"}
-    for content in (pickle.dumps(Code()), (run / "checkpoint.pt").read_bytes()[:-500], b""):
-        (run / "checkpoint.pt").write_bytes(content)
+    assert set(checkpoint(run)) == {"model", "optimizer", "epoch", "log"}
+    for contents in (
+        pickle.dumps(Code(), protocol=2),
+        (run / "checkpoint.pt").read_bytes()[:-500],
+        b"",
+    ):
+        (run / "checkpoint.pt").write_bytes(contents)
         refused("mvae", dataset=arrays, out=run, resume=True)
-        assert f"{run} cannot be read as a run" in capsys.readouterr().err
-        assert (run / "checkpoint.pt").read_bytes() == content
+        assert f"{run} cannot be read as a run" in error_of(capsys)
+        assert (run / "checkpoint.pt").read_bytes() == contents
     assert not (tmp_path / "executed").exists()
-    (run / "args.json").write_text("{")
-    refused("mvae", dataset=arrays, out=run, resume=True)
-    assert f"{run} cannot be read as a run" in sentence(capsys)
 
 
-# ---------------------------------------------------------------------------- losses that are not finite
+# ------------------------------------------------------------------------------ what stops a run
 
-DIVERGES = dict(meme=1e20, vaevae=1e3, mmvae=1e3, svae=1e5, mvae=1e20)
+DIVERGES = dict(meme=1e20, svae=1e5, mvae=1e20)
 
 
 @pytest.mark.parametrize("script", DIVERGES)
 def test_a_run_that_diverged_continues_from_its_last_checkpoint(script, arrays, tmp_path, capsys):
     flags = dict(dataset=arrays, paired=0.5, unpaired="all", batch_size=16, out=tmp_path / "run")
-    train(script, **flags, epochs=1)
+    train(script, **flags, epochs=1, decay=0)
     good = weights(tmp_path / "run")
-    refused(script, **flags, epochs=8, lr=DIVERGES[script], resume=True)
-    said = capsys.readouterr().err.strip()
-    assert re.search(r"run: the loss is -?(nan|inf) in epoch 2, step \d+\n.* --resume .*--lr", said)
-    kept = checkpoint(tmp_path / "run")
-    assert kept["epoch"] == 1 and same(kept["model"], good)
-    train(script, **flags, epochs=3, lr=1e-4, resume=True)
+    refused(script, **flags, epochs=8, lr=DIVERGES[script], decay=0, resume=True)
+    first, last = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"run: the loss is not finite in epoch 2, by step \d+$", first)
+    assert last == f"go on with --out {tmp_path / 'run'} --resume and a lower --lr, or a --clip"
+    saved = checkpoint(tmp_path / "run")
+    assert saved["epoch"] == 1 and same(saved["model"], good)
+    train(script, **flags, epochs=3, lr=1e-4, decay=0, resume=True)
     rows = log_of(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("step", [1, 2, 9, 12])
-def test_a_loss_that_is_not_finite_names_its_step(
-    step, arrays, tmp_path, clock, capsys, monkeypatch
+@pytest.mark.parametrize("step, by", [(1, 3), (2, 3), (9, 9), (12, 12)])
+def test_a_loss_that_is_not_finite_names_its_epoch(
+    step, by, arrays, tmp_path, clock, capsys, monkeypatch
 ):
     model, count = SCRIPTS["mvae"].MODEL, itertools.count(1)
 
     def poisoned(self, streams, forward=model.forward):
-        losses = forward(self, streams)
-        return losses * (math.nan if next(count) == 12 + step else 1)
+        return forward(self, streams) * (math.nan if next(count) == 12 + step else 1)
 
     monkeypatch.setattr(model, "forward", poisoned)
     refused("mvae", dataset=arrays, batch_size=8, epochs=2, out=tmp_path / "run")
-    assert f"the loss is nan in epoch 2, step {step}\n" in capsys.readouterr().err
+    # the losses are read when more than a second has passed, here every third step
+    assert f"the loss is not finite in epoch 2, by step {by}\n" in capsys.readouterr().err
     assert checkpoint(tmp_path / "run")["epoch"] == 1
 
 
-def test_weights_that_the_last_step_spoils_are_not_kept(arrays, tmp_path, capsys):
-    flags = dict(dataset=arrays, batch_size=96, out=tmp_path / "run")  # an epoch is one step
+def test_weights_that_the_last_step_spoils_are_not_saved(arrays, tmp_path, capsys):
+    flags = dict(dataset=arrays, batch_size=96, decay=0, out=tmp_path / "run")  # one step an epoch
     refused("mvae", **flags, epochs=1, lr=1e30)
-    assert "in epoch 1, step 1\n" in capsys.readouterr().err
+    assert "in epoch 1, by step 1\n" in capsys.readouterr().err
     assert checkpoint(tmp_path / "run")["epoch"] == 0
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
     train("mvae", **flags, epochs=1, lr=1e-3, resume=True)
 
 
-# ------------------------------------------------------------------------------ mistakes of the user
+def run_as_script(monkeypatch, script, *typed):
+    """python SCRIPT.py ..., in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, typed)])
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+
+def test_ctrl_c_says_how_to_go_on(arrays, tmp_path, monkeypatch, capsys):
+    run, batches, count = tmp_path / "a run", data.batches, itertools.count(1)
+
+    def interrupted(*args):
+        for batch in batches(*args):
+            if next(count) == 5:  # in the second of four epochs of three steps
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(data, "batches", interrupted)
+    typed = ["--dataset", arrays, "--batch-size", 32, "--epochs", 4, "--out", run]
+    with pytest.raises(SystemExit) as stopped:
+        run_as_script(monkeypatch, "mvae", *typed)
+    assert stopped.value.code == 130
+    start = "interrupted; to go on from the last whole epoch: "
+    line = error_of(capsys)
+    assert line.startswith(start) and checkpoint(run)["epoch"] == 1
+    python, script, *again = shlex.split(line.removeprefix(start))
+    assert (python, script) == ("python", str(ROOT / "mvae.py")) and again.count("--resume") == 1
+    run_as_script(monkeypatch, "mvae", *again)
+    train("mvae", *typed[:-2], out=tmp_path / "whole")
+    assert same(weights(run), weights(tmp_path / "whole"))
+    count = itertools.count(1)
+    with pytest.raises(SystemExit):  # a run that was resumed
+        run_as_script(monkeypatch, "mvae", "--epochs", 8, "--resume", run)
+    assert shlex.split(error_of(capsys))[-4:] == ["--epochs", "8", "--resume", str(run)]
+
+
+def test_a_full_disk_is_one_sentence(arrays, tmp_path, monkeypatch, capsys):
+    run, save, count = tmp_path / "run", torch.save, itertools.count(1)
+
+    def full(state, file):
+        if next(count) == 3:  # at the end of the second epoch
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        run_as_script(monkeypatch, "mvae", "--dataset", arrays, "--epochs", 3, "--out", run)
+    assert stopped.value.code == 2
+    assert error_of(capsys) == f"{run / 'checkpoint.pt'} cannot be written: No space left on device"
+    assert checkpoint(run)["epoch"] == 1 and files_of(run) == FILES
+    train("mvae", epochs=3, resume=run)
+    assert checkpoint(run)["epoch"] == 3
+
+
+# ------------------------------------------------------------------------------ what it prints
+
+
+def test_a_terminal_shows_the_step_and_the_time_left(arrays, tmp_path, clock, capsys, monkeypatch):
+    clock.step = 60
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    train("mvae", dataset=arrays, batch_size=32, epochs=3, out=tmp_path / "run")
+    text = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert max(len(line) for line in re.split("[\r\n]", text)) <= 79
+    lines = [line.rstrip() for line in re.split("[\r\n]+", text)]
+    steps = [line for line in lines if line.startswith("epoch") and "step" in line]
+    left = ["8 min", "7 min", "6 min", "5 min", "4 min", "3 min", "2 min", "60 s", "0 s"]
+    places = itertools.product((1, 2, 3), (1, 2, 3))
+    assert steps == [f"epoch {e}, step {k} of 3, {t} left" for (e, k), t in zip(places, left)]
+    whole = [line for line in lines if re.match(r"epoch \d/3: ", line)]
+    assert len(whole) == 3
+    for row, line, time in zip(log_of(tmp_path / "run"), whole, ("6 min", "3 min", "0 s")):
+        nats = f"0 {row['log_p_0']:.1f}, 1 {row['log_p_1']:.1f}"
+        stated = f"objective {row['objective']:.1f}, log p: {nats}, {time} left"
+        assert line == f"epoch {row['epoch']:.0f}/3: {stated}"
+
+
+def test_a_file_has_one_line_an_epoch(arrays, tmp_path, clock, capsys):
+    run = tmp_path / "run"
+    clock.step = 60
+    train("mvae", dataset=arrays, batch_size=32, epochs=3, out=run)
+    out = capsys.readouterr().out
+    assert "\r" not in out and out == "".join(line.rstrip() + "\n" for line in out.splitlines())
+    first, numbers, bits, *epochs, last = out.splitlines()
+    size = sum(w.numel() for w in weights(run).values()) - 1  # β is no weight
+    assert first == f"{run}: {size:,} weights, 96 examples"
+    assert numbers.startswith("0: numbers (5), normal") and bits.startswith(
+        "1: bits (4), bernoulli"
+    )
+    assert [line.partition(":")[0] for line in epochs] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert last == f"python eval.py {run}"
+    train("mvae", dataset=arrays, batch_size=32, epochs=4, out=run, resume=True)
+    epochs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(epochs) == 1 and epochs[0].startswith("epoch 4/4: ")
+    assert epochs[0].endswith(", 0 s left")
+
+
+def test_a_terminal_without_a_letter_stops_no_run(arrays, tmp_path, monkeypatch):
+    arrays.rename(tmp_path / "новые.npz")
+    monkeypatch.chdir(tmp_path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    run_as_script(monkeypatch, "mvae", "--dataset", "новые.npz", "--epochs", 1)
+    [run] = (tmp_path / "runs").iterdir()
+    assert "новые" in run.name and checkpoint(run)["epoch"] == 1
+    out.flush()
+    assert "mvae-?????-paired1" in out.buffer.getvalue().decode("cp1252")
+
+
+# ----------------------------------------------------------------------------- mistakes of the user
 
 MISTAKES = [
     ("--paired 0", "--paired must be a fraction"), ("--paired 1.5", "--paired"),
     ("--paired nan", "--paired"), ("--paired 0.001", "none paired"), ("--paired x", "--paired"),
     ("--unpaired nope", "--unpaired must be one of split, all, rest, none, 0, 1"),
-    ("--sampling nope", "--sampling"), ("--epochs 0", "--epochs must be above 0"),
-    ("--epochs 1.5", "--epochs"), ("--lr inf", "--lr"), ("--lr -1", "--lr"),
-    ("--decay 2", "--decay must be from 0 to 1"), ("--decay nan", "--decay"),
+    ("--sampling nope", "--sampling"),
+    ("--epochs 0", "--epochs: must be a whole number above 0"), ("--epochs 1.5", "--epochs"),
+    ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--decay nan", "--decay"),
     ("--batch-size 0", "--batch-size"), ("--latent-dim 0", "--latent-dim"),
-    ("--limit 0", "--limit"), ("--weights 1,x", "x"), ("--weights 1,-1", "not negative"),
+    ("--limit 0", "--limit"), ("--weights 1,x", "--weights"), ("--weights 1,-1", "not negative"),
     ("--weights 1", "--weights needs one for each of 0, 1"),
     ("--likelihoods laplace", "--likelihoods"), ("--likelihoods laplace,nope", "nope"),
     ("--likelihoods bernoulli,bernoulli", "0"), ("--likelihoods laplace,categorical", "1"),
@@ -650,16 +625,14 @@ MISTAKES = [
     ("--direction 0 --paired 0.5", "direction 0"), ("--device nope", "--device nope"),
     ("--device cuda", "--device cuda is not available here"), ("--device cuda:9", "cuda:9"),
     ("--dataset nope", "--dataset must be glyphs, mnist-split"), ("--dataset none.npz", "none.npz"),
-    ("--dataset cut.npz", "cut.npz cannot be read"), ("--dataset text.npz", "text.npz cannot be"),
-    ("--dataset dir.npz", "dir.npz cannot be read"),
+    ("--dataset cut.npz", "cut.npz cannot be read"), ("--dataset dir.npz", "dir.npz cannot be"),
     ("--out file", "file"), ("--out file/run", "file"),
     ("--out run", "run holds a run: add --resume, or name another folder"),
     ("--out absent --resume", "absent holds no run"), ("--resume", "new holds no run"),
-    ("--out run --seed 1 --resume", "--seed 0"),
-    ("--out run --resume --latent-dim 5", "--latent-dim 20"),
-    ("--out run --resume --limit 20", "--limit None"),
-    ("--out run --resume --samples 4", "--samples"),
-    ("--out run --resume --dataset other.npz", "run"),
+    ("--resume absent", "absent holds no run"),
+    ("--resume run --seed 1", "run has --seed 0: --resume keeps it"),
+    ("--resume run --samples 4", "run has --samples 3: --resume keeps it"),
+    ("--resume run --dataset other.npz", "other.npz does not hold the data that run began with"),
 ]  # fmt: skip
 
 
@@ -670,9 +643,8 @@ def mistaken(arrays, tmp_path, monkeypatch):
     train("meme", dataset=arrays, epochs=1, out="run")
     np.savez("other.npz", **{name: x + x for name, x in np.load(arrays).items()})
     Path("cut.npz").write_bytes(arrays.read_bytes()[:200])
-    Path("text.npz").write_text("train_0")
     Path("dir.npz").mkdir()
-    Path("file").write_text("kept")
+    Path("file").write_text("text")
     return lambda: {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
 
 
@@ -680,14 +652,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(mistaken, arrays, caps
     capsys.readouterr()
     before = mistaken()
     others = [
-        ("mvae", "--out run --resume", "run"),
+        ("mvae", "--resume run", "run is a run of MEME, not of MVAE"),
         ("vaevae", "--unpaired split", "--unpaired all"),
         ("mvae", "--subsets 1", "subsets must be from 0 to 0"),
         ("mmvae", "--tight --objective elbo", "tight needs iwae or dreg"),
     ]
-    for script, typed, says in [*(("meme", *mistake) for mistake in MISTAKES), *others]:
-        refused(script, "--dataset", arrays, "--out", "new", *typed.split())
-        assert says in sentence(capsys) and mistaken() == before, typed
+    for script, typed, words in [*(("meme", *mistake) for mistake in MISTAKES), *others]:
+        place = [] if "--resume r" in typed else ["--dataset", arrays, "--out", "new"]
+        refused(script, *place, *typed.split())
+        assert words in error_of(capsys) and mistaken() == before, typed
 
 
 def test_a_folder_that_cannot_be_written_is_named(arrays, tmp_path, capsys, monkeypatch):
@@ -696,10 +669,10 @@ def test_a_folder_that_cannot_be_written_is_named(arrays, tmp_path, capsys, monk
 
     monkeypatch.setattr(Path, "mkdir", denied)
     refused("mvae", dataset=arrays, out=tmp_path / "run")
-    assert "Permission denied" in sentence(capsys) and not (tmp_path / "run").exists()
+    assert "Permission denied" in error_of(capsys) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("unpaired, size", [("split", 5), ("0", 1), ("all", 1), ("none", 5)])
+@pytest.mark.parametrize("unpaired, size", [("split", 5), ("0", 1)])
 @MODELS
 def test_one_pair_in_a_hundred_trains_or_is_refused(
     script, unpaired, size, arrays, tmp_path, capsys
@@ -708,216 +681,10 @@ def test_one_pair_in_a_hundred_trains_or_is_refused(
     if size == 1:  # the smallest of everything
         flags |= dict(paired=0.1, limit=10, latent_dim=1)
         flags |= dict(samples=1) if script in ("meme", "mmvae") else {}
-    if script == "vaevae" and unpaired in ("0", "none"):  # no stream of modality 1 alone
+    if script == "vaevae" and unpaired == "0":  # no stream of modality 1 alone
         refused(script, **flags, out=tmp_path / "run")
-        assert "--objective svae" in sentence(capsys)
+        assert "--objective svae" in error_of(capsys)
     else:
         train(script, **flags, out=tmp_path / "run")
         assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
         assert all(map(math.isfinite, log_of(tmp_path / "run")[0].values()))
-
-
-# ---------------------------------------------------------------------------------- the text itself
-
-
-def halves(script):
-    """The text of a script, above its line and below it."""
-    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    line = r"^# -+ the training loop, identical in five scripts\n"
-    above, below = re.split(line, text, flags=re.M)
-    return above, below
-
-
-def test_the_lower_halves_are_one_text_in_short_functions():
-    [loop] = {halves(script)[1] for script in SCRIPTS}
-    functions = [node for node in ast.parse(loop).body if isinstance(node, ast.FunctionDef)]
-    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110
-
-
-def imported(text, everywhere=True):
-    """The names of the modules that a text imports, anywhere or at its top level."""
-    tree, found = ast.parse(text), set()
-    for node in ast.walk(tree) if everywhere else tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    return found
-
-
-def test_imports_go_one_way():
-    standard, late = set(sys.stdlib_module_names), {"matplotlib", "rdkit", "scipy", "sklearn"}
-    ours = {*SCRIPTS, "nets", "data", "eval", "benchmarks"}
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
-    for script in SCRIPTS:
-        assert imported(halves(script)[0]) <= {"torch", "nets", "math", "itertools"}
-        assert imported(halves(script)[1]) <= {"data"} | standard
-    assert imported(texts["nets"]) <= {"torch"} | standard
-    assert imported(texts["data"], False) <= {"torch", "numpy"} | standard
-    assert not imported(texts["data"]) & ours
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert imported(text) & ours <= {"nets", "data", "benchmarks"}, path
-        assert not imported(text, False) & late, path
-    assert imported(texts["eval"], False) <= {"numpy"} | standard
-    assert not imported(texts["eval"]) & set(SCRIPTS)
-
-
-ALONE = """
-import argparse, importlib, sys, torch
-import nets
-for name in sys.argv[1:]:
-    script, p = importlib.import_module(name), argparse.ArgumentParser()
-    script.options(p.add_argument)
-    p.set_defaults(**script.MODEL.__init__.__kwdefaults__)
-    torch.manual_seed(0)
-    model = script.MODEL(nets.modalities("glyphs"), 4, **vars(p.parse_args([])))
-    xs = [torch.rand(4, *m.shape) for m in model.modalities]
-    streams = [(0.5, xs), (0.25, [xs[0], None]), (0.25, [None, xs[1]])]
-    weights, losses = list(model.parameters()), []
-    for step in range(4):
-        torch.manual_seed(1)  # the same noise, so that the loss falls
-        loss = model(streams).sum()
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        with torch.no_grad():
-            for w, g in zip(weights, gradients):
-                w -= 0 if g is None else 1e-3 * g.sign()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0], (name, losses)
-assert not {"data", "eval", "benchmarks"} & set(sys.modules)
-"""
-BARE = """
-import sys
-sys.modules |= dict.fromkeys("scipy matplotlib sklearn rdkit torchvision PIL".split())
-import meme
-try:
-    meme.main(["--dataset", "glyphs"])
-except SystemExit as stopped:
-    assert stopped.code == 2
-meme.main(sys.argv[1:])
-"""
-
-
-def run_alone(folder, code, *argv):
-    """Python in a folder that has no other of our files beside it."""
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-
-def test_the_upper_half_and_nets_alone_train_a_model(tmp_path):
-    shutil.copy(ROOT / "nets.py", tmp_path)
-    for script in SCRIPTS:
-        (tmp_path / f"{script}.py").write_text(halves(script)[0], encoding="utf-8")
-    done = run_alone(tmp_path, ALONE, *SCRIPTS)
-    assert done.returncode == 0, done.stderr
-
-
-def test_three_files_alone_train_without_optional_packages(arrays, tmp_path):
-    (folder := tmp_path / "alone").mkdir()
-    for file in ("meme.py", "nets.py", "data.py"):
-        shutil.copy(ROOT / file, folder)
-    done = run_alone(folder, BARE, "--dataset", arrays, "--epochs", 1, "--out", "run")
-    assert done.returncode == 0, done.stderr
-    assert files_of(folder / "run") == FILES
-    said = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
-    assert len(said) == 1 and "glyphs needs the folder benchmarks/" in said[0]
-
-
-# ---------------------------------------------------------------- the commands and code of the pages
-
-
-def page(name):
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def commands(kind):
-    """The command lines that train, of README.md and docs/reproduce.md or of the papers' tables.
-    -> (script, flags) of each"""
-    reproduce = page("docs/reproduce.md")
-    if kind == "shown":
-        typed = r"^    (?:pip .* && )?(?:python|torchrun \S+ \d+) (.*)"
-        lines = re.findall(typed, page("README.md") + reproduce, re.M)
-    else:
-        rows = "".join(re.findall(r"^\| \[(?:MEME|PoE)\] .*", reproduce, re.M))
-        lines = dict.fromkeys(re.findall(r"`python (\w+\.py [^`]*)`", rows))
-    for script, *flags in (line.partition("#")[0].split() for line in lines):
-        if script.removesuffix(".py") in SCRIPTS:
-            yield script.removesuffix(".py"), flags
-
-
-def test_every_table_and_figure_of_the_papers_has_its_command():
-    named, rows = set(), r"^\| \[(MEME|PoE)\] ([^|]*) \|"
-    for paper, results in re.findall(rows, page("docs/reproduce.md"), re.M):
-        for kind, numbers in re.findall(r"(Table|Fig\.) (\d+(?:, \d+)*)", results):
-            named |= {(paper, kind, int(n)) for n in numbers.split(", ")}
-    expected = [("MEME", "Table", range(2, 8)), ("MEME", "Fig.", range(3, 23)),
-                ("PoE", "Table", [1]), ("PoE", "Fig.", range(3, 12))]  # fmt: skip
-    assert named == {(paper, kind, n) for paper, kind, numbers in expected for n in numbers}
-
-
-@pytest.fixture
-def run_briefly(small_root, small_net, tmp_path, monkeypatch):
-    """Trains as commands say, on few examples. -> how many did"""
-    shi(small_root)
-    cub.prepare_cub(small_root, "none")
-    monkeypatch.chdir(tmp_path)
-
-    def run(commands):
-        found = [(s, f) for s, f in commands if "spectra" not in f and "--compile" not in f]
-        for k, (script, flags) in enumerate(found):
-            train(script, *flags, epochs=1, limit=256, data=small_root, out=f"run{k}")
-        return len(found)
-
-    return run
-
-
-def test_the_commands_of_the_first_page_train(run_briefly, arrays, tmp_path):
-    os.rename(arrays, tmp_path / "my.npz")
-    assert run_briefly(commands("shown")) >= 5
-
-
-def test_every_command_of_the_papers_tables_builds_its_model(small_root, small_net, monkeypatch):
-    shi(small_root)
-    cub.prepare_cub(small_root, "none")
-    load, loaded, built = data.load, {}, set()
-
-    def load_once(*args):
-        if str(args) not in loaded:
-            loaded[str(args)] = load(*args)
-        return loaded[str(args)]
-
-    monkeypatch.setattr(data, "load", load_once)
-    for script, flags in commands("tables"):
-        if "spectra" not in flags:
-            flags = [*flags, "--data", str(small_root), "--limit", "40"]
-            _, args = SCRIPTS[script].parse_args(flags)
-            dataset, streams, model, record = SCRIPTS[script].build(args, {})
-            xs = data.select(dataset.train, streams[0][0], streams[0][1][:2])
-            assert model([(1.0, xs)]).isfinite().all(), flags
-            built.add((script, *flags))
-    assert len(built) >= 40
-
-
-@slow
-def test_every_command_of_the_papers_tables_trains(run_briefly):
-    assert run_briefly(commands("tables")) >= 40
-
-
-def code_of(name):
-    return re.findall(r"```python\n(.*?)```", page(name), re.S)
-
-
-def test_the_code_of_the_first_page_runs():
-    blocks = [block for block in code_of("README.md") if "import" in block]
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(block, {})
-
-
-def test_the_data_set_of_docs_extend_trains_as_any_other(tmp_path, monkeypatch):
-    (code,) = code_of("docs/extend.md")
-    exec(code, vars(module := types.ModuleType("benchmarks.shapes")))
-    monkeypatch.setitem(sys.modules, "benchmarks.shapes", module)
-    monkeypatch.setitem(data.DATASETS, "shapes", "shapes")
-    train("svae", dataset="shapes", epochs=1, out=tmp_path / "run")
-    assert all(map(math.isfinite, log_of(tmp_path / "run")[0].values()))

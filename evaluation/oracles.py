@@ -11,16 +11,21 @@ Shapes: B images, N examples of a split, D features, P inducing points, C = 10 c
 
 import hashlib
 import math
+import pickle
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
+from eval import view
 
 RECIPE = 2  # part of the cache's digest: raise it when the training below changes
 MEMBERS = 3
+STEPS = {"grey": 200, "colour": 200, "image": 2000, "mnist": 1000, "svhn": 1500}  # of a member
+PROCESS_STEPS = 500
 
 
 class Classifier(nn.Module):
@@ -138,8 +143,9 @@ class GaussianProcess(nn.Module):
         kl = 0.5 * ((self.mean**2).sum() + (root**2).sum() - self.mean.numel()) - log_det
         return n * log_p - kl
 
-    def fit(self, h, y, steps=500, batch_size=500):
-        """h (N, D), y (N,): features and labels of the training images."""
+    def fit(self, h, y, steps=PROCESS_STEPS, batch_size=500, step_done=lambda: None):
+        """h (N, D), y (N,): features and labels of the training images; step_done() is called after
+        each step."""
         chosen = h[torch.randperm(len(h))[: len(self.inducing)]]
         self.inducing.data[: len(chosen)] = chosen
         self.log_length.data = torch.pdist(chosen).median().clamp_min(1).log()
@@ -150,6 +156,7 @@ class GaussianProcess(nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            step_done()
 
     def information(self, h, samples=100):
         """I(y, f|h) = H[E p(y|f)] - E H[p(y|f)] in nats: high where f is uncertain. -> (B,)"""
@@ -159,72 +166,88 @@ class GaussianProcess(nn.Module):
         return torch.special.entr(p.mean(0)).sum(-1) - entropy
 
 
-def each(names):
-    """views() of a data set whose modalities are judged one by one.
-    -> {name: function of the M modalities}"""
-    return {name: lambda xs, m=m: xs[m] for m, name in enumerate(names)}
-
-
-def train_oracle(split, view, steps, seed=0, batch_size=128):
-    """Trains each member on its own random batches of corrupted images. -> Oracle, in eval mode"""
+def train_oracle(split, parts, steps, seed=0, batch_size=128, report=lambda share: None):
+    """Trains each member on its own random batches of corrupted images, those of the modalities
+    `parts`, then the process. report(share of the steps that are done) -> Oracle, in eval mode"""
     torch.manual_seed(seed)
-    device = split.labels.device
-    oracle = Oracle(view(split[torch.arange(1)]).shape[1]).to(device)
+    device, done = split.labels.device, 0
+    process_steps = min(steps, PROCESS_STEPS)
+    total = MEMBERS * steps + process_steps
+
+    def step_done():
+        nonlocal done
+        done += 1
+        report(done / total)
+
+    oracle = Oracle(view(split[torch.arange(1)], parts).shape[1]).to(device)
     for member in oracle.members:
         optimizer = torch.optim.AdamW(member.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
         for _ in range(steps):
             index = torch.randint(len(split), (batch_size,), device=device)
-            loss = F.cross_entropy(member(corrupt(view(split[index]))), split.labels[index])
+            x = corrupt(view(split[index], parts))
+            loss = F.cross_entropy(member(x), split.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            step_done()
     oracle.eval()
     index = torch.randperm(len(split))[:10_000]
     with torch.no_grad():
         features = oracle.members[0].features
-        h = torch.cat([features(view(split[i])) for i in index.split(500)])
-    oracle.process.fit(h, split.labels[index], min(steps, 500))
+        h = torch.cat([features(view(split[i], parts)) for i in index.split(500)])
+    oracle.process.fit(h, split.labels[index], process_steps, step_done=step_done)
     return oracle
 
 
-def load_oracle(dataset, name, root, seed=0, steps=None):
-    """The oracle of the view `name` of a data set, from the cache in root/oracles.
-    -> Oracle, its test accuracy
-
-    It is trained if it is not there, or if the digest beside it says that it was trained on other
-    images or labels, or with other settings.
-    """
-    benchmark = data.benchmark(dataset.name)
-    view = benchmark.views(dataset)[name]
-    steps = steps or benchmark.ORACLE_STEPS[name]
-    path = data.prepared(root, "oracles", f"{dataset.name}-{name}.pt")
-    device = dataset.test.labels.device
-    digest = hashlib.sha256(f"recipe {RECIPE}, {steps} steps, seed {seed}".encode())
+def image_digest(dataset):
+    """The SHA-256 of all images and labels, which a cached oracle was trained and tested on."""
+    digest = hashlib.sha256()
     for split in (dataset.train, dataset.test):
         for tensor in (*split.bases, *split.rows, split.labels):
             digest.update(tensor.cpu().contiguous().numpy())
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["digest"] == digest.hexdigest():
-            oracle = Oracle(view(dataset.test[torch.arange(1)]).shape[1])
-            oracle.load_state_dict(saved["oracle"])
-            return oracle.to(device).eval(), float(saved["accuracy"])
-    except Exception:  # not there, damaged, or of another version: it is trained below
-        pass
-    print(f"training {MEMBERS} oracles of {dataset.name}, {name} ...", file=sys.stderr)
-    oracle = train_oracle(dataset.train, view, steps, seed)
-    correct = oracle_predictions(oracle, view, dataset.test) == dataset.test.labels
+    return digest.hexdigest()
+
+
+def load_oracle(dataset, name, root, seed=0, steps=None, images=None, report=lambda share: None):
+    """The oracle of the view `name` of a data set, from the cache in root/oracles; trained where the
+    cache has none, or one of other images, labels or settings. images: image_digest(dataset);
+    report: see train_oracle. -> Oracle, its test accuracy. ValueError where the cache is damaged"""
+    parts, device = dataset.views[name], dataset.test.labels.device
+    steps = steps or STEPS.get(name, 1000)
+    images = images or image_digest(dataset)
+    digest = f"{images}, recipe {RECIPE}, {steps} steps, seed {seed}"
+    path = Path(root, "oracles", f"{dataset.name}-{name}.pt")
+    saved = read_cache(path, device)
+    if saved and saved["digest"] == digest:
+        oracle = Oracle(view(dataset.test[torch.arange(1)], parts).shape[1])
+        oracle.load_state_dict(saved["oracle"])
+        return oracle.to(device).eval(), saved["accuracy"]
+    oracle = train_oracle(dataset.train, parts, steps, seed, report=report)
+    correct = oracle_predictions(oracle, parts, dataset.test) == dataset.test.labels
     accuracy = correct.double().mean().item()
-    saved = {"digest": digest.hexdigest(), "accuracy": accuracy, "oracle": oracle.state_dict()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.atomic_write(path, lambda file: torch.save(saved, file))
+    saved = {"digest": digest, "accuracy": accuracy, "oracle": oracle.state_dict()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.atomic_write(path, lambda file: torch.save(saved, file))
+    except (OSError, RuntimeError) as error:  # torch's, where the disk is full
+        print(f"{path} cannot be written, so it is trained each time: {error}", file=sys.stderr)
     return oracle, accuracy
 
 
+def read_cache(path, device):
+    """The contents of an oracle's file, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged: delete it, and it is trained again") from None
+
+
 @torch.no_grad()
-def oracle_predictions(oracle, view, split):
+def oracle_predictions(oracle, parts, split):
     """The digits that the oracle predicts for the real images of a split. -> (N,)"""
-    parts = torch.arange(len(split)).split(500)
-    return torch.cat([oracle(view(split[index]))[0] for index in parts])
+    indices = torch.arange(len(split)).split(500)
+    return torch.cat([oracle(view(split[index], parts))[0] for index in indices])

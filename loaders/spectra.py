@@ -19,16 +19,13 @@ import numpy as np
 import torch
 
 import data
-import nets
-from benchmarks import drawing, tables
 
 MASSBANK = "https://github.com/MassBank/MassBank-data/releases/latest/download/MassBank_NIST.msp"
 MAX_MZ, BINS_PER_MZ = 1100, 10
 BINS = MAX_MZ * BINS_PER_MZ
 MACCS, MORGAN = 167, 1982  # our choice: [poe] only says that there are 2,149 bits
 BITS = MACCS + MORGAN
-SPECTRA_VERSION = 1  # of the arrays in spectra.npz
-CSR = "offsets", "columns", "values"  # the arrays of a Sparse
+CSR = ("offsets", "columns", "values")  # the arrays of a Sparse
 
 
 class Sparse:
@@ -39,7 +36,7 @@ class Sparse:
     float32, as many as columns.
     """
 
-    dtype = torch.float32
+    dtype, ndim = torch.float32, 2
 
     def __init__(self, offsets, columns, values, width):
         self.offsets, self.columns, self.values = offsets, columns, values
@@ -85,7 +82,7 @@ def read_lines(path):
 
 def read_peaks(lines):
     """Peaks are written "m/z intensity", one per line, or several separated by ";", and may be
-    followed by a quoted note. -> (n, 2), or None if they are no numbers"""
+    followed by a quoted note. -> (n, 2), or None if they are not numbers"""
     words = []
     for line in lines:
         for peak in re.sub('"[^"]*"', "", line).split(";"):
@@ -138,7 +135,7 @@ def read_mgf(path):
 
 def read_table(path, columns):
     """The rows of a CSV file, .gz or not, that must have these columns. Yields dictionaries."""
-    reader = csv.DictReader(read_lines(path), restval="")
+    reader = csv.DictReader(read_lines(path))
     for column in columns:
         if column not in (reader.fieldnames or []):
             raise ValueError(f"{path} must have the columns {', '.join(columns)}: no {column!r}")
@@ -233,7 +230,7 @@ def reason_to_skip(fields, peaks, instrument):
 
 def bad_peaks(peaks, announced=""):
     if peaks is None:
-        return "with peaks that are no numbers"
+        return "with peaks that are not numbers"
     if re.fullmatch("[0-9]{1,9}", announced) and len(peaks) < int(announced):
         return "with fewer peaks than announced"
     if not len(peaks):
@@ -267,37 +264,28 @@ def flags(flag):
 
 
 def prepare(root, args):
-    prepare_spectra(root, args.msp, args.instrument, args.mgf, args.candidates, args.truth)
-
-
-def prepare_spectra(
-    root, msp=None, instrument="LC-ESI-QFT", mgf=None, candidates=None, truth=None, seed=0
-):
     """Read the spectra of an MSP file, and challenges if any, and write spectra/spectra.npz.
 
-    msp to truth: see flags; challenges need all three files. A tenth of the compounds, drawn with
-    `seed`, is the test split; compounds of challenges are in neither split. Records that do not fit
-    are skipped and counted.
-    -> counts {"train", "test", "compounds", "records", "skipped": {reason: n}, ...}
-    ValueError if a file cannot be read or no data are left.
+    args: what flags adds; challenges need all three files. A tenth of the compounds is the test
+    split; compounds of challenges are in neither split. Records that do not fit are skipped and
+    counted. ValueError if a file cannot be read or no data are left.
     """
-    if None in (mgf, candidates, truth) and (mgf, candidates, truth) != (None, None, None):
+    challenges = (args.mgf, args.candidates, args.truth)
+    if None in challenges and challenges != (None, None, None):
         raise ValueError("challenges need all three of --mgf, --candidates and --truth")
     molecule("C")  # raises at once if rdkit is missing
-    path = data.prepared(root, "spectra", "spectra.npz")
+    path = Path(root, "spectra", "spectra.npz")
     answers = {}
-    if truth is not None:
-        for row in read_table(truth, ("id", "inchikey")):
+    if args.truth is not None:
+        for row in read_table(args.truth, ("id", "inchikey")):
             answers[row["id"]] = compound_of(row["inchikey"], row.get("smiles") or "")
-    msp = msp or download_massbank(path.parent)
-    arrays, counts = spectrum_arrays(msp, instrument, set(answers.values()), seed)
-    if truth is not None:
-        more, challenges = challenge_arrays(mgf, candidates, answers)
-        arrays |= more
-        counts |= challenges
-    data.save_npz(path, version=SPECTRA_VERSION, **arrays)
+    msp = args.msp or download_massbank(path.parent)
+    spectra, bits = read_compounds(msp, args.instrument, excluded=set(answers.values()))
+    arrays = split_compounds(spectra, bits)
+    if args.truth is not None:
+        arrays |= challenge_arrays(args.mgf, args.candidates, answers)
+    data.save_npz(path, arrays)
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-    return counts
 
 
 def download_massbank(folder):
@@ -320,10 +308,10 @@ def download_massbank(folder):
     return path
 
 
-def spectrum_arrays(msp, instrument, excluded, seed):
-    """The arrays train_* and test_* of spectra.npz, without the compounds in `excluded`.
-    -> arrays, counts"""
-    spectra, smiles_seen, beyond = defaultdict(list), defaultdict(dict), 0
+def read_compounds(msp, instrument, excluded):
+    """The spectra of an MSP file and the fingerprints of their molecules, without the compounds in
+    `excluded`. -> {compound: [(bins, values), ...]}, {compound: (2149,) bool}"""
+    spectra, smiles_of_compound, beyond = defaultdict(list), defaultdict(dict), 0
     instruments, skipped = Counter(), Counter()
     for fields, peaks in read_msp(msp):
         instruments[fields.get("instrument_type", "not said")] += 1
@@ -335,29 +323,34 @@ def spectrum_arrays(msp, instrument, excluded, seed):
             continue
         beyond += int((~in_range(peaks)).sum())
         spectra[compound].append(bin_peaks(peaks))
-        smiles_seen[compound][smiles] = None  # a dict as an ordered set
-    total, removed = sum(instruments.values()), excluded & set(spectra)
-    for compound in removed:
+        smiles_of_compound[compound][smiles] = None  # a dict as an ordered set
+    for compound in excluded & set(spectra):
         skipped["of the challenges' compounds"] += len(spectra.pop(compound))
     bits = {}
-    for compound in sorted(spectra):
-        valid = (b for b in map(fingerprint, smiles_seen[compound]) if b is not None)
+    for compound in list(spectra):
+        valid = (b for b in map(fingerprint, smiles_of_compound[compound]) if b is not None)
         bits[compound] = next(valid, None)
         if bits[compound] is None:
             skipped["with an invalid SMILES"] += len(spectra.pop(compound))
+    records = f"{instruments.total():,} records, skipped {as_text(skipped)}"
     if len(spectra) < 2:
-        kinds = ", ".join(kind for kind, _ in instruments.most_common(5))
+        names = ", ".join(name for name, _ in instruments.most_common(5))
         raise ValueError(
-            f"{msp} must have spectra of two compounds or more, not {len(spectra)}: of {total:,} "
-            f"records, skipped {as_text(skipped)} (--instrument is {instrument}; the file has "
-            f"{kinds or 'none'})"
+            f"{msp} must have spectra of two compounds or more, not {len(spectra)}: of {records} "
+            f"(--instrument is {instrument}; the file has {names or 'none'})"
         )
+    print(f"{msp}: {records}; {beyond:,} peaks beyond m/z {MAX_MZ} left out")
+    return spectra, bits
 
+
+def split_compounds(spectra, bits, seed=0):
+    """A tenth of the compounds, at random, with all their spectra, is the test split. spectra,
+    bits: see read_compounds. -> the arrays train_* and test_* of spectra.npz"""
     compounds = np.array(sorted(spectra))
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(compounds)
     held_out = max(1, round(0.1 * len(compounds)))
-    arrays, sizes = {}, {}
+    arrays = {}
     for part, chosen in ("test", shuffled[:held_out]), ("train", shuffled[held_out:]):
         pairs = [(k, spectrum) for k, c in enumerate(chosen) for spectrum in spectra[c]]
         order = generator.permutation(len(pairs))  # so that --limit takes many compounds
@@ -366,27 +359,13 @@ def spectrum_arrays(msp, instrument, excluded, seed):
         arrays[f"{part}_rows"] = np.array([pairs[i][0] for i in order])
         arrays[f"{part}_bits"] = np.packbits([bits[compound] for compound in chosen], axis=1)
         arrays[f"{part}_compounds"] = chosen
-        sizes[part] = len(order)
-    print(
-        f"{msp}: {total:,} records, skipped {as_text(skipped)}; "
-        f"{beyond:,} peaks beyond m/z {MAX_MZ} left out\n"
-        f"{sizes['train']:,} training spectra of {len(compounds) - held_out:,} compounds, "
-        f"{sizes['test']:,} test spectra of {held_out:,}; "
-        f"{len(removed)} compounds of the challenges removed"
-    )
-    counts = sizes | {
-        "compounds": len(compounds),
-        "removed_compounds": len(removed),
-        "records": total,
-        "skipped": dict(skipped),
-        "peaks_beyond_range": beyond,
-    }
-    return arrays, counts
+        print(f"{part}: {len(order):,} spectra of {len(chosen):,} compounds")
+    return arrays
 
 
 def challenge_arrays(mgf, candidates, answers):
     """The arrays challenge_* and candidate_* of spectra.npz. Stereoisomers among the candidates
-    count once, as one compound. -> arrays, counts"""
+    count once, as one compound."""
     skipped, spectra, beyond = Counter(), {}, 0
     for fields, peaks in read_mgf(mgf):
         name = fields.get("title", "")
@@ -418,7 +397,7 @@ def challenge_arrays(mgf, candidates, answers):
             bits[compound] = np.packbits(bit)  # (269,)
         lists[name][compound] = len(lists[name])
 
-    kept = []
+    complete = []
     for name in spectra:
         if name not in answers:
             skipped["spectra without a true molecule"] += 1
@@ -427,45 +406,38 @@ def challenge_arrays(mgf, candidates, answers):
         elif answers[name] not in lists[name]:
             skipped["spectra without the true molecule among the candidates"] += 1
         else:
-            kept.append(name)
-    if not kept:
+            complete.append(name)
+    if not complete:
         raise ValueError(
             f"no id of {mgf} has candidates in {candidates} and a true molecule: "
             f"skipped {as_text(skipped)}"
         )
-    packed = [bits[compound] for name in kept for compound in lists[name]]
+    packed = [bits[compound] for name in complete for compound in lists[name]]
     print(
-        f"{len(kept)} challenges with {len(packed):,} candidates of {rows:,}; "
+        f"{len(complete)} challenges with {len(packed):,} candidates of {rows:,}; "
         f"skipped {as_text(skipped)}; {beyond:,} peaks beyond m/z {MAX_MZ} left out"
     )
     arrays = {
-        "challenge_ids": np.array(kept),
-        "challenge_compounds": np.array([answers[name] for name in kept]),
-        "challenge_truth": np.array([lists[name][answers[name]] for name in kept]),
-        "candidate_offsets": np.cumsum([0, *(len(lists[name]) for name in kept)]),
+        "challenge_ids": np.array(complete),
+        "challenge_compounds": np.array([answers[name] for name in complete]),
+        "challenge_truth": np.array([lists[name][answers[name]] for name in complete]),
+        "candidate_offsets": np.cumsum([0, *(len(lists[name]) for name in complete)]),
         "candidate_bits": np.stack(packed),  # (all candidates, 269)
     }
-    for key, array in zip(CSR, csr([spectra[name] for name in kept])):
+    for key, array in zip(CSR, csr([spectra[name] for name in complete])):
         arrays[f"challenge_{key}"] = array
-    counts = {"challenges": len(kept), "candidates": len(packed)}
-    return arrays, counts | {"challenges_skipped": dict(skipped)}
+    return arrays
 
 
-# --------------------------------------------------------------------------------- what is prepared
+# -------------------------------------------------------------------------------------- spectra.npz
 
 
 def read_spectra(root):
     """The arrays of spectra/spectra.npz."""
-    path = data.prepared(root, "spectra", "spectra.npz")
+    path = Path(root, "spectra", "spectra.npz")
     if not path.exists():
         raise ValueError(f"there is no {path}: make it with python data.py spectra --data {root}")
-    arrays = data.read_npz(path, ("version",))
-    if arrays["version"] != SPECTRA_VERSION:
-        raise ValueError(
-            f"{path} must have version {SPECTRA_VERSION}, not {arrays['version']}: make it again "
-            "with python data.py spectra"
-        )
-    return arrays
+    return data.read_npz(path)
 
 
 def sparse_from(arrays, part):
@@ -520,197 +492,4 @@ def load_challenges(root):
         truth=arrays["challenge_truth"],
         offsets=arrays["candidate_offsets"],
         bits=arrays["candidate_bits"],
-    )
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-CERTAIN = 1e-4  # probabilities are clipped to [1e-4, 1 - 1e-4]: a wrong bit costs at most 9.2 nats
-TOPS = 1, 5, 10, 20
-
-
-def bit_cross_entropy(probabilities, packed, block=2048):
-    """-Σ_d [c_d log p_d + (1 - c_d) log(1 - p_d)] of each candidate's bits c, in nats.
-
-    probabilities (D,); packed (n, ceil(D / 8)) uint8, by np.packbits -> (n,)
-    """
-    p = np.clip(np.asarray(probabilities, np.float64), CERTAIN, 1 - CERTAIN)
-    log_odds = np.log(p) - np.log1p(-p)
-    no_bits = -np.log1p(-p).sum()  # the value where all bits are 0
-    parts = []
-    for i in range(0, len(packed), block):  # in blocks of 35 MB as float64
-        bits = np.unpackbits(packed[i : i + block], axis=1, count=len(p)).astype(np.float64)
-        parts.append(no_bits - bits @ log_odds)
-    return np.concatenate(parts)
-
-
-def rank_of(scores, true):
-    """The rank of scores[true] among scores (n,), 1 for the lowest; equal scores have their mean
-    rank."""
-    gap = scores - scores[true]
-    return 1 + (gap < -1e-9).sum() + ((abs(gap) <= 1e-9).sum() - 1) / 2
-
-
-def challenge_ranks(probabilities, challenges):
-    """The rank of each true molecule by cross entropy. probabilities (n, D) -> (n,)"""
-    lists = np.split(challenges.bits, challenges.offsets[1:-1])
-    ranks = []
-    for p, packed, true in zip(probabilities, lists, challenges.truth):
-        ranks.append(rank_of(bit_cross_entropy(p, packed), true))
-    return np.array(ranks)
-
-
-def top_k(ranks, ks):
-    """The fraction of challenges with the true molecule among the first k. ranks (n,), ks (K,)
-    -> (K,)"""
-    return (np.asarray(ranks)[:, None] <= np.asarray(ks)).mean(0)
-
-
-def random_top_k(sizes, ks):
-    """The expectation of top_k if the candidates, `sizes` (n,) of them, are in random order.
-    -> (K,)"""
-    return np.minimum(np.asarray(ks) / np.asarray(sizes)[:, None], 1).mean(0)
-
-
-def tanimoto(a, b):
-    """|a and b| / |a or b| of bits (N, D), 1 where both are empty. -> (N,)"""
-    union = (a | b).sum(1)
-    return np.where(union, (a & b).sum(1) / np.maximum(union, 1), 1.0)
-
-
-def bit_scores(probabilities, bits):
-    """Accuracy and Tanimoto similarity of the bits p > 1/2 with bits (N, D), and the cross entropy
-    in nats per example."""
-    predicted = probabilities > 0.5
-    p = np.clip(probabilities, CERTAIN, 1 - CERTAIN)
-    return {
-        "accuracy": float((predicted == bits).mean()),
-        "tanimoto": float(tanimoto(predicted, bits).mean()),
-        "cross_entropy": float(-np.log(np.where(bits, p, 1 - p)).sum(1).mean()),
-    }
-
-
-@torch.no_grad()
-def predict_bits(model, take, n, samples=1, batch_size=128):
-    """p(bit = 1) given the spectrum: the mean probability over samples of q(z|spectrum).
-
-    take(index): the spectra (B, 11000) of some of the n examples. -> float32 (n, 2149)
-    """
-    device, parts = next(model.parameters()).device, []
-    for index in torch.arange(n).split(batch_size):
-        z = model.posterior(take(index).to(device), None).sample((samples,))  # (samples, B, L)
-        p = nets.mean(model.modalities[1], model.decoders[1](z))
-        parts.append(p.mean(0).float().cpu())
-    return torch.cat(parts).numpy()
-
-
-def evaluate(model, dataset, root="./data", seed=0):
-    """Fingerprints predicted from spectra, [poe] 4.4: `scores` with the challenges below root."""
-    return scores(model, dataset, load_challenges(root), seed=seed)
-
-
-def scores(model, dataset, challenges=None, samples=20, seed=0, batch_size=128):
-    """Scores of the predicted bits of the test split; ranks of the true molecules of challenges.
-
-    challenges: load_challenges(root), or None; samples: of z, whose predictions are averaged.
-    "frequency" is the baseline that predicts, for every spectrum, the frequency of each bit in the
-    training examples; "random" the expectation over random orders of the candidates, its median the
-    k at which top_k reaches one half. rank's top1, ...: fractions of the challenges.
-    -> {"bits": {"accuracy", "tanimoto", "cross_entropy"}, "frequency": {"bits": {...}}} and, with
-    challenges, "rank": {"top1", "top5", "top10", "top20", "median"}, "ranks": {id: rank} (both in
-    "frequency" too), "random": {"rank"}, "sizes": {id: number of candidates}
-    """
-    torch.manual_seed(seed)
-    model.eval()
-    test, train = dataset.test, dataset.train
-    bits = torch.cat([test.take(1, i).cpu() for i in torch.arange(len(test)).split(4096)]) > 0.5
-    bits = bits.numpy()  # (N, 2149)
-    frequency = bit_frequencies(train).numpy()
-
-    def predict(take, n):
-        return predict_bits(model, take, n, samples, batch_size)
-
-    result = {
-        "bits": bit_scores(predict(lambda index: test.take(0, index), len(test)), bits),
-        "frequency": {"bits": bit_scores(np.broadcast_to(frequency, bits.shape), bits)},
-    }
-    if challenges is None:
-        return result
-
-    def by_id(values):
-        return dict(zip(challenges.ids, values.tolist()))
-
-    def ranking(probabilities):
-        ranks = challenge_ranks(probabilities, challenges)
-        return {"rank": tops(top_k, ranks, np.median(ranks)), "ranks": by_id(ranks)}
-
-    sizes = np.diff(challenges.offsets)
-    ks = np.arange(1, sizes.max() + 1)
-    half = ks[np.argmax(random_top_k(sizes, ks) >= 0.5)]
-    predicted = predict(lambda index: challenges.spectra[index], len(sizes))
-    result["frequency"] |= ranking(np.broadcast_to(frequency, predicted.shape))
-    result["random"] = {"rank": tops(random_top_k, sizes, half)}
-    return result | ranking(predicted) | {"sizes": by_id(sizes)}
-
-
-def tops(top_k, values, median):
-    rank = {f"top{k}": float(top_k(values, [k])[0]) for k in TOPS}
-    return rank | {"median": float(median)}
-
-
-def notes(results):
-    """Lines below the table of these results: the baselines, and the ranks of each run."""
-    lines, ranked = [], [r for r in results if "ranks" in r]
-    for r in results[:1]:
-        bits = r["frequency"]["bits"]
-        lines.append(
-            f"Bit frequencies in training as the prediction: bit accuracy {bits['accuracy']:.3f}, "
-            f"Tanimoto {bits['tanimoto']:.3f}, cross entropy {bits['cross_entropy']:.1f}."
-        )
-    if not ranked:
-        return lines
-    baselines = {"frequency": "Bit frequencies in training", "random": "Random order"}
-    for key, name in baselines.items():
-        rank = ranked[0][key]["rank"]
-        shares = ", ".join(f"top {k} {rank[f'top{k}']:.3f}" for k in TOPS)
-        lines.append(f"{name}: {shares}, median rank {rank['median']:.1f}.")
-    for r in ranked:
-        ranks = ", ".join(f"{rank:g}" for rank in sorted(r["ranks"].values()))
-        lines.append(f"Ranks of the true molecules, {Path(r['folder']).name}: {ranks}.")
-    return lines
-
-
-# ----------------------------------------------------------------------------------------- figures
-
-
-@torch.no_grad()
-def draw(run, dataset, root, path, n=4):
-    """[poe] Fig. 11 A-C: test spectra, the bits of their molecules and the predicted ones."""
-    index = torch.linspace(0, len(dataset.test) - 1, n).long()
-    spectra, bits = (dataset.test.take(m, index).cpu().numpy() for m in (0, 1))
-    p = predict_bits(run.model, lambda k: dataset.test.take(0, index[k]), n, samples=20)
-    scores = tanimoto(p > 0.5, bits > 0.5)
-    heading = f"{drawing.title(run)} · test spectra and fingerprints"
-    drawing.fingerprints(spectra, MAX_MZ, bits, p, scores, heading, path)
-
-
-def compare(results, folder):
-    """[poe] Fig. 11 D: top-k curves, the mean over the runs of a setting; bit frequencies; random
-    order."""
-    ranked = [r for r in results if "ranks" in r]
-    if not ranked:
-        return
-    sizes = np.array(list(ranked[0]["sizes"].values()))
-    ks = np.unique(np.geomspace(1, sizes.max(), 400).round().astype(int))
-    groups, curves = tables.grouped(ranked), {}
-    for name, group in zip(tables.row_names(groups), groups):
-        shares = [top_k(list(r["ranks"].values()), ks) for r in group]
-        curves[f"{name}, {drawing.pairs(group[0]['run'])}"] = np.mean(shares, axis=0)
-    drawing.top_k(
-        ks,
-        curves,
-        frequency=top_k(list(ranked[0]["frequency"]["ranks"].values()), ks),
-        random=random_top_k(sizes, ks),
-        heading=f"{len(sizes)} challenges, {sizes.min():,} to {sizes.max():,} candidates",
-        path=folder / "spectra-top-k.png",
     )

@@ -1,4 +1,4 @@
-"""glyphs: digits drawn with a font that ships inside Pillow, once in grey and once in colour.
+"""glyphs: digits in a font that ships inside Pillow, once in grey and once in colour.
 
 The default data set: generated in seconds, without a download. The images do not depend on --seed.
 """
@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from benchmarks import oracles
 
-
-ORACLE_STEPS = {"grey": 200, "colour": 200}
 # red, yellow, green, cyan, blue, magenta: the complement of hue k is hue (k + 3) % 6
 HUES = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]]).float()
 
@@ -24,26 +21,26 @@ def load(name, root):
         name=name,
         train=glyphs(10_000, seed=0),
         test=glyphs(2_000, seed=1),
-        spec={"name": "glyphs"},
+        spec={"name": name},
         names=("grey", "colour"),
+        views={"grey": (0,), "colour": (1,)},
     )
 
 
-def views(dataset):
-    """The images that oracles judge: each modality by itself."""
-    return oracles.each(dataset.names)
+def templates():
+    """The ten digits, white on black. -> (10, 1, 64, 64)"""
+    font, digits = ImageFont.load_default(56), []
+    for digit in "0123456789":
+        page = Image.new("L", (64, 64))
+        ImageDraw.Draw(page).text((32, 32), digit, font=font, fill=255, anchor="mm", stroke_width=2)
+        digits.append(torch.from_numpy(np.array(page)))
+    return torch.stack(digits)[:, None].float() / 255
 
 
 def glyphs(n, seed):
     """n pairs of images with their digits. The ink has one of six hues, independent of the digit,
     the dark paper the complementary one. -> data.Split"""
-    font, templates = ImageFont.load_default(56), []
-    for digit in "0123456789":
-        page = Image.new("L", (64, 64))
-        ImageDraw.Draw(page).text((32, 32), digit, font=font, fill=255, anchor="mm", stroke_width=2)
-        templates.append(torch.from_numpy(np.array(page)))
-    templates = torch.stack(templates)[:, None].float() / 255  # (10, 1, 64, 64)
-    generator = torch.Generator().manual_seed(seed)
+    digits, generator = templates(), torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
@@ -55,11 +52,11 @@ def glyphs(n, seed):
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         across = torch.stack([cos, shear * cos - sin, uniform(-0.08, 0.08)], -1)
         down = torch.stack([sin, shear * sin + cos, uniform(-0.08, 0.08)], -1)
-        parts = []  # 1,000 at a time, to save memory
-        for digits, theta in zip(labels.split(1000), torch.stack([across, down], 1).split(1000)):
-            grid = F.affine_grid(theta, (len(digits), 1, size, size), align_corners=False)
-            parts.append(F.grid_sample(templates[digits], grid, align_corners=False))
-        return torch.cat(parts)
+        images = []
+        for part, theta in zip(labels.split(1000), torch.stack([across, down], 1).split(1000)):
+            grid = F.affine_grid(theta, (len(part), 1, size, size), align_corners=False)
+            images.append(F.grid_sample(digits[part], grid, align_corners=False))
+        return torch.cat(images)
 
     labels = torch.randint(10, (n,), generator=generator)
     grey, shape = warp(labels, 28), warp(labels, 32)
