@@ -218,9 +218,9 @@ class Column:
             return np.dtype("f8" if modality.stats else "f4")
         if kind_of(modality, self.x) == "bytes":
             return given
-        if modality.kind in ("numbers", "greys") or self.reconstruct:
-            return given if given.kind == "f" else np.dtype("f8")
-        return given
+        if given.kind != "f" and modality.kind in ("numbers", "greys"):
+            return np.dtype("f8")
+        return np.dtype("f4") if given.kind != "f" and self.reconstruct else given
 
     def take(self, rows):
         """These rows as a model takes them."""

@@ -1,7 +1,6 @@
 """Layers, likelihoods and the modalities of a data set. The networks of the papers' tables are in
 test_models.py."""
 
-import itertools
 import math
 
 import pytest
@@ -21,27 +20,25 @@ from helpers import images, plain_modality, same
     ("counts", (5,), "negative-binomial", {}, (5, 2)), ("counts", (600,), "poisson", {}, (600,)),
     ("bits", (70,), "bernoulli", {}, (70,)), ("class", (), "categorical", dict(classes=80), (80,)),
 ])  # fmt: skip
-def test_own_arrays_have_hidden_layers_of_their_width(kind, shape, likelihood, more, parameter):
+def test_own_arrays_have_the_parameters_of_their_likelihood(
+    kind, shape, likelihood, more, parameter
+):
     m = nets.array_modality("x", kind, shape, likelihood, **more)
-    size, encoder, decoder = more.get("classes") or shape[0], m.encoder(7), m.decoder(7)
-    hidden = {3: 64, 5: 64, 600: 512}.get(size, size)
-    for net, widths in (
-        (encoder.trunk, [size, hidden, hidden]),
-        (decoder.net, [7, hidden, hidden, size]),
-    ):
-        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
-        pairs = [(layer.in_features, layer.out_features) for layer in linear]
-        assert pairs == list(itertools.pairwise(widths))
     facts = (m.name, m.kind, m.shape, m.likelihood, m.weight, m.classes, m.stats, m.unseen)
     assert facts == ("x", kind, shape, likelihood, 1, more.get("classes"), None, ())
     x = torch.ones(2, *shape, dtype=torch.int64 if kind == "class" else torch.float32)
-    assert encoder(x)[0].shape == (2, 7)
-    p = decoder(torch.randn(3, 2, 7))
+    assert m.encoder(7)(x)[0].shape == (2, 7)
+    p = m.decoder(7)(torch.randn(3, 2, 7))
     assert p.shape == (3, 2, *parameter) and nets.log_prob(m, p, x).shape == (3, 2)
     assert nets.mean(m, p).shape == (3, 2, *shape, *parameter[: kind == "class"])
+
+
+def test_facts_of_an_own_array_are_those_of_its_modality():
     facts = dict(stats={"mean": [1.0], "std": [2.0]}, unseen=[2])
-    m = nets.array_modality("x", "numbers", [4], "normal", **facts)
-    assert (m.shape, m.stats, m.unseen) == ((4,), facts["stats"], (2,))
+    for size, hidden in ((4, 64), (100, 100), (600, 512)):
+        m = nets.array_modality("x", "numbers", [size], "normal", **facts)
+        assert (m.shape, m.stats, m.unseen) == ((size,), facts["stats"], (2,))
+        assert m.encoder(7).head.in_features == m.decoder(7).net[0].out_features == hidden
 
 
 def test_own_images_have_the_networks_of_svhn():
@@ -218,7 +215,7 @@ def test_a_likelihood_never_broadcasts(likelihood, scale):
             log_prob(shape, parameter, x)
 
 
-def test_padding_is_not_scored_and_every_other_word_and_class_is():
+def test_padding_is_not_scored_but_every_word_and_class():
     modality = nets.modalities("cub", vocabulary=4)[1]
     logits, x = torch.randn(3, 2, 32, 4), torch.randint(4, (2, 32))
     each = Categorical(logits=logits).log_prob(x)  # words 0 to 3, of which 1 is <pad>
@@ -240,7 +237,7 @@ def test_variances_are_floored_smoothly_at_1e_6():
     assert_close(logvar, (1e-6 + h[:, 2:].exp()).log())
 
 
-def test_a_later_batch_does_not_change_the_gradient_of_pseudo_samples():
+def test_later_batches_leave_the_gradient_of_pseudo_samples():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh())
     net(5 + torch.randn(6, 3))  # its statistics are not those that it starts with
     state = {key: value.clone() for key, value in net.state_dict().items()}

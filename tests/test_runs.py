@@ -363,7 +363,7 @@ def test_resume_takes_the_new_learning_rate(decay, arrays, tmp_path):
     assert same(weights(tmp_path / "run"), before)
 
 
-def test_a_run_is_resumed_by_its_folder_or_by_its_flags(arrays, tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_by_its_folder_or_flags(arrays, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = Path("runs/mvae-own-paired1-split-seed0")
     train("mvae", "--dataset", "own.npz", "--epochs", 1, out=run)
@@ -423,7 +423,7 @@ def test_resume_keeps_all_but_a_few_settings(name, typed, arrays, tmp_path, caps
     assert f"{tmp_path} has {flag} {saved[name]}: --resume keeps it" in error_of(capsys)
 
 
-def test_the_settings_of_a_run_are_the_defaults_of_its_resumption(arrays, tmp_path):
+def test_settings_of_a_run_are_the_defaults_at_resume(arrays, tmp_path):
     flags = ["--dataset", str(arrays), "--out", str(tmp_path)]
     p, args = SCRIPTS["meme"].parse_args(flags)
     saved = vars(args) | dict(device="cuda:3", lr=0.5, data="/other", epochs=7, kl="sample")
