@@ -369,12 +369,17 @@ class Resampling(Sampled):
 
 def test_the_effective_sample_size_is_a_median_over_examples():
     dataset = toy("mnist-split", n=2000)
+    digits = dataset.test.labels // 2
+    digits[torch.linspace(0, 999, 50).long()] = 9  # of 500 rows a tenth
+    dataset.test.bases = [
+        0 * x + 25 * digits.byte()[:, None, None, None] for x in dataset.test.bases
+    ]
     model = Resampling([x.shape[1:] for x in dataset.test.bases])
     metrics, disagreement = evaluation.split_accuracy(model, dataset, {"image": Reader()})
     assert list(metrics["accuracy"]) == ["top", "bottom", "both"] and list(disagreement) == [
         "accuracy"
     ]
-    counts = dataset.test.labels[torch.linspace(0, 999, 500).long()] + 2
+    counts = digits[torch.linspace(0, 999, 500).long()] + 2
     expected = torch.cat([counts, 2 * counts]).median().item()
     assert metrics["effective_sample_size"] == {"both": pytest.approx(expected, rel=1e-4)}
     three = toy("mnist-split3", n=20)
@@ -541,10 +546,12 @@ def test_relatedness_is_w2_between_the_posteriors_of_two_modalities():
 
 def test_relatedness_of_as_many_rows_as_dimensions_has_deviations():
     split = toy(n=40).test
-    rows = torch.tensor([11, 3])
-    d, index = evaluation.distances(Wide(SHAPES), split, 0, 1, rows)
-    assert sorted(index.tolist()) == [3, 11] and d.shape == (2, 2)
-    digits = split.labels[index].double().numpy()
+    _, index = evaluation.distances(Wide(SHAPES), split, 0, 1)
+    assert sorted(index.tolist()) == list(range(20)) and index.diff().min() < 0  # in random order
+    twice = data.Split(split.bases, [torch.arange(40) // 2] * 2, split.labels.repeat_interleave(2))
+    d, index = evaluation.distances(Wide(SHAPES), twice, 0, 1, torch.tensor([1, 2, 3]))
+    assert sorted(index.tolist()) == [1, 2] and d.shape == (2, 2)  # 2 and 3 are the same image
+    digits = twice.labels[index].double().numpy()
     assert np.allclose(d, np.sqrt((digits[:, None] - 3 * digits) ** 2 + 2), atol=1e-3)
 
 
@@ -648,6 +655,7 @@ def test_gradient_ratios_are_mean_over_deviation_of_the_gradients():
     assert (model.kl, model.full_gradient) == ("closed", False)
     assert all(x.equal(before[key]) for key, x in model.state_dict().items())
     assert all(x.grad is None for x in model.parameters())
+    assert evaluation.gradient_ratios(model, xs, draws=2)["eq. (7)"]["encoders"].max() == 2
     torch.manual_seed(1)
     for name, full in ("w detached", False), ("eq. (7)", True):
         model.kl, model.full_gradient = "sample", full

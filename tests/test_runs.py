@@ -226,7 +226,7 @@ def test_two_processes_are_a_plain_loop_to_the_bit(own, batchnorm, clock, tmp_pa
 
 def test_flags_reach_the_data_and_the_model(arrays):
     flags = f"--dataset {arrays} --limit 40 --seed 5 --paired 0.5 --unpaired 1 --weights 2,0.5"
-    flags += " --likelihoods normal,bernoulli --width 0.5 --latent-dim 3 --experts exact --anneal 9"
+    flags += " --likelihoods laplace,bernoulli --width 0.5 --latent-dim 3 --experts exact --anneal 9"
     p, args = SCRIPTS["mvae"].parse_args([*flags.split(), "--no-standardise"])
     dataset, streams, model, record = SCRIPTS["mvae"].build(args, {})
     assert len(dataset.train) == record["examples"] == 40 and record["spec"]["width"] == 0.5
@@ -234,7 +234,7 @@ def test_flags_reach_the_data_and_the_model(arrays):
     expected = data.pairing(40, ("0", "1"), 0.5, "1", seed=5)
     for (mask, index), (other, ours) in zip(streams, expected, strict=True):
         assert mask == other and torch.equal(index, ours)
-    assert [m.likelihood for m in model.modalities] == ["normal", "bernoulli"]
+    assert [m.likelihood for m in model.modalities] == ["laplace", "bernoulli"]
     assert [m.weight for m in model.modalities] == [2, 0.5]
     assert (model.latent_dim, model.experts, model.anneal) == (3, "exact", 9)
     assert record["options"] == dict(subsets=0, anneal=9, experts="exact")
