@@ -285,7 +285,10 @@ class MEME(nn.Module):
             precision = 0.6 * precision + 0.4 * curvature.clamp(least, 2 * precision)
             scale = precision.rsqrt()
             mu = mu + (0.4 * gradient.mean(0) / precision).clamp(-scale, scale)
-        z = mu + precision.rsqrt() * torch.randn(samples, *mu.shape, device=mu.device)
+        precision = 0.8 * precision  # a proposal must be wider than its target
+        z = mu + precision.rsqrt() * torch.randn(
+            samples, *mu.shape, device=mu.device, dtype=mu.dtype
+        )
         log_p_z = torch.cat([log_p(part) for part in z.split(10)])
         return z, log_p_z - log_normal(z, mu, -precision.log())
 
