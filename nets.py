@@ -448,8 +448,8 @@ def image_decoder(shape, channels, latent_dim, squash=False):
 
 
 def band_encoder(latent_dim):
-    """[poe] Tables A.2, A.7: 1x14x28, 64x7x14, 128x3x7, 256x1x3 = 768, 512, 2L (1x9x28: 64x4x14,
-    128x2x7, the same)."""
+    """[poe] Tables A.2, A.7, in the sizes of its code: 1x14x28, 64x7x14, 128x3x7, 256x1x3 = 768,
+    512, 2L (1x9x28: 64x4x14, 128x2x7, the same)."""
     layers, a = [], 1
     for b in (64, 128, 256):
         layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.ReLU()]
@@ -460,8 +460,8 @@ def band_encoder(latent_dim):
 
 
 def band_decoder(shape, latent_dim, squash=False):
-    """[poe] Tables A.2, A.7: L, 512, 112x1x1, 56x3x5, 28x7x13, 1x14x28 (1x9x28: 56x2x5, 28x4x13,
-    1x9x28)."""
+    """[poe] Tables A.2, A.7, in the sizes of its code: L, 512, 112x1x1, 56x3x5, 28x7x13, 1x14x28
+    (1x9x28: 56x2x5, 28x4x13, 1x9x28)."""
     kernels = {14: ((3, 5), (3, 5), (2, 4)), 9: ((2, 5), (2, 5), (3, 4))}[shape[1]]
     layers = [
         nn.Linear(latent_dim, 512),
@@ -570,8 +570,8 @@ def band(name, shape):
 
 
 def bird_features(size):
-    """[poe] Table A.6, with 2048 features. Laplace with scale .01 and weight .002, as in the released
-    code of both papers' baselines."""
+    """[poe] Table A.6, with 2048 features. Laplace with scale .01 and weight .002, as in [poe]'s code
+    and MMVAE's."""
     encoder = partial(mlp_encoder, (size, 1024, 512, 256), activation=nn.ELU)
     decoder = partial(mlp_decoder, (256, 512, 1024, size), (size,), activation=nn.ELU)
     return Modality("image", (size,), encoder, decoder, "laplace", weight=0.002, scale=0.01)

@@ -79,7 +79,7 @@ class SVAE(nn.Module):
     prior_expert  p(z) as one more expert of every product, as in the released code
     experts       "exact", N(mu, exp(logvar)), or "bounded", which train at high learning rates, too
     kl_terms      the "sum" of a bound's KLs, the paper's, or their "mean"; None: the mean from four
-                  modalities on, which the paper does not have and whose sum leaves z uninformed
+                  modalities on, which the paper does not have: there the sum left z unused
     terms         from four modalities on: random terms of the objective per step, in place of all
                   2^M - 1, with the same expectation; 0: all
     """

@@ -63,7 +63,7 @@ class VAEVAE(nn.Module):
     objective  "vaevae", or "svae", with L(x_1) + L(x_2) on complete examples (VAEVAE*, eq. 19)
     variant    "b", a network per subset, or "a", the product of the unimodal ones
     kl_terms   the "sum" of a bound's KLs, the paper's, or their "mean"; None: the mean from four
-               modalities on, which the paper does not have and whose sum leaves z uninformed
+               modalities on, which the paper does not have: there the sum left z unused
     terms      from four modalities on: random terms of the objective per step, in place of all
                2^M - 1, with the same expectation; 0: all
     """

@@ -22,11 +22,15 @@ import data
 import nets
 from eval import (
     coherence,
+    gradient_ratios,
     joint_coherence,
     latent_accuracy,
     log_likelihoods,
     mutual_information,
+    posterior_distances,
+    signal_to_noise,
     split_accuracy,
+    w2_overlap,
 )
 from evaluation import cub, figures, fill, oracles, own, spectra, tables
 
@@ -232,6 +236,15 @@ def evaluate(run, benchmark, examples=100, samples=1000, seed=0):
             sections |= log_likelihoods(
                 model, dataset, examples, samples, trained_priors(run, dataset)
             )
+    if len(judges) > 1:
+        torch.manual_seed(seed)  # the same examples with and without likelihoods
+        with Progress("distances of related and unrelated examples"):
+            sections["w2_overlap"] = w2_overlap(posterior_distances(model, dataset))
+        if run.args["model"] == "MEME":
+            with Progress("signal-to-noise ratio of the gradient"):
+                ratios = gradient_ratios(model, dataset)
+            if ratios:
+                sections["signal_to_noise"] = signal_to_noise(ratios)
     return sections
 
 

@@ -21,14 +21,18 @@ import torch.nn.functional as F
 
 import data
 from eval import (
-    distances,
+    BINS,
+    MOST_PAIRS,
     generate,
     gradient_ratios,
     latent_points,
+    posterior_distances,
     predict,
     rows_with,
+    signal_to_noise,
     subsets,
     view,
+    w2_overlap,
 )
 from evaluation import own, tables
 from evaluation.curves import CHARTS, MIXED, curves, fraction, numbers_of
@@ -45,9 +49,7 @@ MODALITIES = ("#111111", "#FFC20A", "#00C9A7", "#C71585", "#7CFC00", "#4B0082", 
 DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dv"
 DPI = 150
 TILE = 112  # pixels of the shorter side of an image
-MOST_PAIRS = 6  # of modalities whose distances are drawn
 MOST_POINTS = 2000  # of z in the plane
-MOST_WEIGHTS = 20_000_000  # of a model whose gradient is drawn: 1 GB
 
 
 def pyplot():
@@ -156,11 +158,11 @@ def draw(run, dataset, oracles, folder, seed, streams):
             pairs = posterior_distances(model, dataset)
             if pairs:
                 relatedness(pairs, word, heading, path("relatedness"))
-    weights = sum(weight.numel() for weight in model.parameters())
-    if run.args["model"] == "MEME" and len(complete) and weights <= MOST_WEIGHTS:
+    if run.args["model"] == "MEME":
         with attempt(path("gradient"), failed):
-            ratios = gradient_ratios(model, test[complete[:64]])
-            gradient_histogram(ratios, heading, path("gradient"))
+            ratios = gradient_ratios(model, dataset)
+            if ratios:
+                gradient_histogram(ratios, heading, path("gradient"))
     return rows, failed
 
 
@@ -281,38 +283,23 @@ def training(log, names, heading, path):
     finish(figure, path, f"{heading} · training: the objective of an epoch, log p after it")
 
 
-def posterior_distances(model, dataset):
-    """W2 between the posteriors of two modalities, of the first MOST_PAIRS pairs of modalities that
-    test examples show together. -> list of (names, d (n, n), labels (n,)); without labels every
-    example has its own"""
-    test, names, pairs = dataset.test, dataset.names, []
-    for a, b in itertools.combinations(range(len(names)), 2):
-        rows = rows_with(dataset.test_mask, (a, b), len(test))
-        if len(rows) and len(pairs) < MOST_PAIRS:
-            d, index = distances(model, test, a, b, rows=rows)
-            labels = index if test.labels is None else test.labels.cpu()[index]
-            pairs.append(((names[a], names[b]), d, labels.numpy()))
-    return pairs
-
-
 def relatedness(pairs, word, heading, path):
     """[meme] Figs. 8 and 9: histograms of the distances of q(z|x_a) and q(z|x_b), with their
     overlap, and, of 2 to 20 classes, the mean distances between them and their tree.
 
-    pairs: see posterior_distances; word: what related examples have in common
+    pairs: see eval.posterior_distances; word: what related examples have in common
     """
     n, sizes = len(pairs), [len(np.unique(labels)) for _, _, labels in pairs]
     by_class, height = all(1 < size <= 20 for size in sizes), 3.6 if n < 3 else 2.7
     figure, axes = panels(n, 3 if by_class else 1, 4.3, height)
-    edges = np.linspace(min(d.min() for _, d, _ in pairs), max(d.max() for _, d, _ in pairs), 51)
-    for ((a, b), d, labels), ax in zip(pairs, axes[:, 0]):
-        same = labels[:, None] == labels
+    limits = min(d.min() for _, d, _ in pairs), max(d.max() for _, d, _ in pairs)
+    for ((a, b), d, labels), share, ax in zip(pairs, w2_overlap(pairs).values(), axes[:, 0]):
+        same, edges = labels[:, None] == labels, np.linspace(d.min(), d.max(), BINS + 1)
         ax.hist(d[~same], edges, density=True, color=BLUE, label=f"unrelated: other {word}")
         text = f"related: same {word}"
         ax.hist(d[same], edges, density=True, color=ORANGE, alpha=0.7, label=text)
-        shared = f"overlap {overlap(d[same], d[~same], edges):.2f}"
-        ax.legend(fontsize=8, title=shared, title_fontsize=8)
-        ax.set(xlabel=f"W2 of q(z|{a}) and q(z|{b})", ylabel="density", xlim=edges[[0, -1]])
+        ax.legend(fontsize=8, title=f"overlap {share:.2f}", title_fontsize=8)
+        ax.set(xlabel=f"W2 of q(z|{a}) and q(z|{b})", ylabel="density", xlim=limits)
         ax.ticklabel_format(useOffset=False)
     share_limits(axes[:, 0])
     if by_class:
@@ -335,12 +322,6 @@ def relatedness(pairs, word, heading, path):
     if n == MOST_PAIRS:
         heading += f"\nat most {MOST_PAIRS} pairs of modalities are drawn"
     finish(figure, path, heading)
-
-
-def overlap(a, b, edges):
-    """The overlap of the histograms of a and b, ∫ min(p_a, p_b): 0 if disjoint, 1 if equal."""
-    p, q = (np.histogram(x, edges, density=True)[0] for x in (a, b))
-    return float((np.minimum(p, q) * np.diff(edges)).sum())
 
 
 def share_limits(axes):
@@ -422,9 +403,10 @@ def gradient_histogram(ratios, heading, path):
     """[meme] Fig. 10. ratios: see eval.gradient_ratios"""
     texts = {"w detached": "without the gradient of w", "eq. (7)": "all of Eq. (7)"}
     figure, (axes,) = panels(1, 2, 4.5, 3.5, sharex=True, sharey=True)
+    medians = signal_to_noise(ratios)
     for (name, parts), colour in zip(ratios.items(), (BLUE, ORANGE)):
         for ax, (part, ratio) in zip(axes, parts.items()):
-            text = f"{texts[name]}, median {10 ** ratio.median().item():.2g}"
+            text = f"{texts[name]}, median {medians[f'{part}, {name}']:.2g}"
             ax.hist(ratio, 60, alpha=0.7, label=text, color=colour, density=True)
             ax.set(xlabel="log10 |mean| / std of an entry", ylabel="density")
             ax.set_title(part, size=10)

@@ -83,6 +83,16 @@ SECTIONS = {  # key of metrics.json: its column in a table, None without one; it
         "MI {}",
         "Mutual information of digit and oracle, nats: lower for images that look more real",
     ),
+    "w2_overlap": (
+        "W2 overlap {}",
+        "Relatedness: the overlap of the histograms of W2 between the posteriors of two modalities "
+        "of test images, of the same digit and of different ones; 0 if disjoint, 1 if equal",
+    ),
+    "signal_to_noise": (
+        "SNR {}",
+        "Signal-to-noise of MEME's gradient: the median over its entries of |mean| / std, over "
+        "samples of z; eq. (7) has the gradient of the weight w, too",
+    ),
     "correlation": (
         "corr. {}",
         "Correlation of photo and caption, one of them generated; truth: of the test pairs",
@@ -108,6 +118,8 @@ TABLES = {  # of several runs: the heading and the sections of each
     ),
     "Latent accuracy": ("latent_accuracy",),
     "Mutual information, nats": ("mutual_information",),
+    "Relatedness": ("w2_overlap",),
+    "Signal-to-noise of the gradient": ("signal_to_noise",),
     "Correlation": ("correlation",),
     "Correlation by chance": ("chance_correlation",),
     "Rank of the true candidate": ("rank",),
@@ -544,6 +556,16 @@ def notes(results):
         )
     if any("log_likelihood" in r and r["pseudo"] for r in results):
         lines.append("Bernoulli on grey values is a pseudo-likelihood: no density of the images.")
+    if any("w2_overlap" in r for r in results):
+        lines.append(
+            "W2 overlap: of related (same digit) and unrelated pairs of test examples, all pairs of "
+            "at most 500; histograms of 50 bins."
+        )
+    if any("signal_to_noise" in r for r in results):
+        lines.append(
+            "SNR: signal-to-noise ratio of an entry of the gradient, the median, at the end of "
+            "training; 30 samples of z, the first 64 test examples."
+        )
     return lines
 
 

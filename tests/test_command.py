@@ -164,7 +164,7 @@ class Stub(Perfect):
         return ("mnist",) if (True, False) in [tuple(mask) for mask in masks] else ()
 
 
-def sections(dataset, oracles, monkeypatch, **options):
+def sections(dataset, oracles, monkeypatch, model="MVAE", ratios=True, **options):
     """command.evaluate with stubs for all metrics. -> its sections, the calls"""
     calls = {}
     judged = ("split_accuracy", "coherence", "joint_coherence")
@@ -179,10 +179,16 @@ def sections(dataset, oracles, monkeypatch, **options):
 
     for name in (*judged, "mutual_information", "latent_accuracy", "log_likelihoods"):
         monkeypatch.setattr(command, name, metric(name))
+    monkeypatch.setattr(command, "posterior_distances", metric("posterior_distances"))
+    monkeypatch.setattr(command, "gradient_ratios", metric("gradient_ratios"))
+    for section in ("w2_overlap", "signal_to_noise"):
+        monkeypatch.setattr(command, section, lambda found: found)
+    if not ratios:
+        monkeypatch.setattr(command, "gradient_ratios", lambda *_: {})
     monkeypatch.setattr(own, "evaluate", metric("regenerated"))
     extra = command.Extra(metric("spectra"), draw=None)
     monkeypatch.setitem(command.EXTRAS, "spectra", extra)
-    args = {"paired": 0.5, "unpaired": "mnist", "seed": 1}
+    args = {"model": model, "paired": 0.5, "unpaired": "mnist", "seed": 1}
     run = SimpleNamespace(model=Stub(SHAPES).train(), args=args)
     benchmark = command.Benchmark(dataset, oracles, {}, "there")
     return command.evaluate(run, benchmark, **options), calls
@@ -192,7 +198,7 @@ def test_digits_are_judged_by_oracles(monkeypatch):
     dataset = toy(n=20)
     found, calls = sections(dataset, READERS, monkeypatch, examples=7, samples=8, seed=9)
     every = ["coherence", "joint_coherence", "mutual_information", "latent_accuracy"]
-    assert sorted(found) == sorted([*every, "log_likelihoods", "disagreement"])
+    assert sorted(found) == sorted([*every, "log_likelihoods", "disagreement", "w2_overlap"])
     assert found["disagreement"] == {"coherence": 0.5, "joint_coherence": 0.5}
     for name in every[:3]:
         assert calls[name][:2] == (dataset, READERS)
@@ -202,9 +208,31 @@ def test_digits_are_judged_by_oracles(monkeypatch):
     assert calls["coherence"][-1] == torch.rand(1).item()
 
 
+def test_distances_and_gradients_leave_the_random_numbers_of_other_metrics(monkeypatch):
+    dataset = toy(n=20)
+    found, calls = sections(dataset, READERS, monkeypatch, model="MEME", seed=9)
+    assert found["w2_overlap"] == {"posterior_distances": 1}
+    assert found["signal_to_noise"] == {"gradient_ratios": 1}
+    names = ["coherence", "joint_coherence", "mutual_information", "latent_accuracy"]
+    last = ["posterior_distances", "gradient_ratios"]
+    assert list(calls) == [*names, "log_likelihoods", *last]
+    torch.manual_seed(9)
+    expected = [torch.rand(1).item() for _ in range(5)]
+    assert [call[-1] for call in calls.values()] == [*expected, *expected[:2]]
+    _, fewer = sections(dataset, READERS, monkeypatch, model="MEME", seed=9, examples=0)
+    assert [fewer[name] for name in last] == [calls[name] for name in last]
+    assert all(calls[name][:1] == (dataset,) for name in last)
+
+
+@pytest.mark.parametrize("model, ratios", [("MMVAE", True), ("MEME", False)])
+def test_the_signal_to_noise_is_of_meme_and_of_gradients(monkeypatch, model, ratios):
+    found, _ = sections(toy(n=20), READERS, monkeypatch, model=model, ratios=ratios)
+    assert "signal_to_noise" not in found and "w2_overlap" in found
+
+
 def test_a_split_image_is_judged_as_a_whole(monkeypatch):
     dataset, oracles = toy("mnist-split", n=20), {"image": None}
-    found, calls = sections(dataset, oracles, monkeypatch, examples=0)
+    found, calls = sections(dataset, oracles, monkeypatch, model="MEME", examples=0)
     assert sorted(found) == ["disagreement", "latent_accuracy", "split_accuracy"]
     assert found["disagreement"] == {"split_accuracy": 0.5}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import models
 from torchvision.datasets.utils import calculate_md5
 
 import data
@@ -63,8 +64,8 @@ def test_each_photo_has_its_ten_captions_in_both_layouts(tmp_path, layout):
 
 def test_the_vocabulary_is_that_of_the_training_captions(tmp_path):
     folder = shi(tmp_path)
-    lines = (folder / "text_testclasses.txt").read_text().replace("small", "blue")
-    (folder / "text_testclasses.txt").write_text(lines)
+    path = folder / "text_testclasses.txt"
+    path.write_text(path.read_text().replace("small", "blue\v"))  # \v does not end a line
     cub.write_features(tmp_path, features=own_features(tmp_path))
     dataset = data.load("cub", tmp_path)
     assert "small" in dataset.words and "blue" not in dataset.words
@@ -74,10 +75,14 @@ def test_the_vocabulary_is_that_of_the_training_captions(tmp_path):
 # ------------------------------------------------------------------------------------------- photos
 
 
-def test_features_are_those_of_each_cropped_and_normalised_photo(tmp_path, small_net, capsys):
+def test_features_are_those_of_each_cropped_and_normalised_photo(
+    tmp_path, small_net, monkeypatch, capsys
+):
+    monkeypatch.setattr(cub.extract, "__defaults__", (3,))  # photos of a batch
     folder = shi(tmp_path)
     bad = folder / "train" / "001.Albatross" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
+    (bad.parent / "._0.jpg").write_bytes(b"macOS's, no photo")
     lines = [f"caption {i // 10}" for i in range(40)]
     (folder / "text_trainvalclasses.txt").write_text("\n".join(lines))
     data.main(["cub", "--data", str(tmp_path)])
@@ -112,6 +117,19 @@ def pooled(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     x = np.asarray(image)[:, left : left + 224] / 255
     x = torch.from_numpy((x - mean) / std).permute(2, 0, 1)[None].float()
     return Pooled().eval()(x)[0].detach()
+
+
+def test_the_network_is_imagenet_s_without_its_last_layer(monkeypatch):
+    asked = []
+
+    def small(weights):
+        asked.append(weights)
+        return models.resnet18()
+
+    monkeypatch.setattr(cub.models, "resnet101", small)
+    net = cub.resnet()
+    assert asked == ["IMAGENET1K_V1"] and not net.training
+    assert net(torch.rand(1, 3, 64, 64)).shape == (1, 512)
 
 
 def test_features_and_captions_are_read_once(tmp_path, monkeypatch):

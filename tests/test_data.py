@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -460,7 +461,7 @@ def pixels(path, height, width):
     return [[image[a : a + height, b : b + width] for b in lefts] for a in tops]
 
 
-def test_a_grid_has_the_images_of_each_row(tmp_path):
+def test_a_grid_has_the_images_of_each_row(tmp_path, monkeypatch):
     rows = [torch.rand(3, 1, 14, 28), torch.rand(3, 3, 32, 32) * 2 - 0.5]
     assert [data.is_image(x) for x in (*rows, torch.rand(3, 2, 8, 8), torch.rand(3, 4))] == [
         True, True, False, False
@@ -471,6 +472,8 @@ def test_a_grid_has_the_images_of_each_row(tmp_path):
         assert abs(grey[k][:14, :28] - rows[0][k].permute(1, 2, 0).numpy()).max() < 0.003
         assert abs(grey[k][14:] - 0.5).max() < 0.003  # padding
         assert abs(colour[k] - rows[1][k].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.003
+    monkeypatch.setitem(sys.modules, "torchvision.utils", None)  # not installed
+    assert data.save_grid(rows, tmp_path / "b.png") is False and not (tmp_path / "b.png").exists()
 
 
 class Stub(nn.Module):

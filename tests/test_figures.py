@@ -1,6 +1,5 @@
 """Figures of a run: their contents, and what stands beside them."""
 
-import itertools
 import sys
 import types
 
@@ -13,7 +12,7 @@ from torch.distributions import Independent, Normal
 
 import data
 import nets
-from eval import distances
+from eval import posterior_distances, signal_to_noise, w2_overlap
 from evaluation import figures
 from helpers import READERS, SHAPES, Perfect, every_pattern, toy
 
@@ -181,14 +180,6 @@ def test_the_tree_joins_the_nearest_classes_first():
     figures.pyplot().close("all")
 
 
-def test_overlap_is_the_area_below_both_histograms():
-    edges = np.array([0.0, 1, 2, 4])
-    a, b = [0.5, 0.5, 1.5, 3], [1.5, 3, 3, 3, 3]
-    # shares of a: 1/2, 1/4, 1/4; of b: 0, 1/5, 4/5
-    assert figures.overlap(a, b, edges) == pytest.approx(1 / 5 + 1 / 4)
-    assert figures.overlap(a, a, edges) == pytest.approx(1)
-
-
 def distances_of(*pairs):
     """Distances between 40 examples of four classes: 1 to 2 within a class, up to 9 between."""
     rng, labels = np.random.default_rng(0), np.arange(40) % 4
@@ -224,6 +215,21 @@ def test_relatedness_has_histograms_distances_and_a_tree(shown):
     assert np.allclose(matrix, figures.class_means(*distances_of(("a", "b"))[0][1:]))
 
 
+def test_the_overlap_beside_a_histogram_is_the_metric_and_that_of_its_bars(shown):
+    (first, d, labels), (second, other, _) = distances_of(("a", "b"), ("a", "c"))
+    pairs = [(first, d % 4, labels), (second, 10 + other % 7, labels)]
+    figures.relatedness(pairs, "digit", "heading", None)
+    axes = [ax for ax in shown[0][0].axes if ax.get_ylabel() == "density"]
+    shares = list(w2_overlap(pairs).values())
+    assert 0.1 < shares[1] < shares[0] - 0.02
+    for ax, share in zip(axes, shares, strict=True):
+        assert ax.get_legend().get_title().get_text() == f"overlap {share:.2f}"
+        bars = [(bar.get_height(), bar.get_width()) for bar in ax.patches]
+        pairs_of_bars = zip(bars[:50], bars[50:], strict=True)
+        area = sum(min(p, q) * width for (p, width), (q, _) in pairs_of_bars)
+        assert area == pytest.approx(share)
+
+
 def test_relatedness_of_unlabelled_examples_is_a_histogram(shown):
     names, d, _ = distances_of(("a", "b"))[0]
     figures.relatedness([(names, d, np.arange(40))], "example", "heading", None)
@@ -240,35 +246,10 @@ class Wide(Perfect):
         return Independent(Normal(mean, torch.full_like(mean, m + 1.0)), 1)
 
 
-def test_distances_are_of_examples_that_show_both(monkeypatch):
-    bands = toy("mnist-split3", n=200)
-    mask = torch.from_numpy(every_pattern(100, 3))
-    dataset = bands._replace(test_mask=mask)
-    asked = []
-
-    def recorded(model, split, a, b, rows):
-        asked.append(rows)
-        return distances(model, split, a, b, rows=rows)
-
-    monkeypatch.setattr(figures, "distances", recorded)
-    pairs = figures.posterior_distances(Wide([(1, 9, 28)] * 3), dataset)
-    names = list(itertools.combinations(("top", "middle", "bottom"), 2))
-    assert [found for found, _, _ in pairs] == names
-    for (a, b), (_, d, labels), rows in zip(itertools.combinations(range(3), 2), pairs, asked):
-        assert rows.tolist() == [k for k in range(100) if mask[k, a] and mask[k, b]]
-        expected = np.hypot(labels[:, None] - labels, np.sqrt(2) * (b - a))
-        assert np.allclose(d, expected, atol=1e-3)
-    unlabelled = dataset._replace(test=data.Split(bands.test.bases))
-    assert all(
-        len(set(x)) == len(x)
-        for _, _, x in figures.posterior_distances(Wide([(1, 9, 28)] * 3), unlabelled)
-    )
-
-
 def test_six_pairs_of_modalities_at_most_are_drawn(shown):
     x = torch.arange(8.0)[:, None, None, None].expand(8, 1, 4, 4) * 25 / 255
     dataset = data.Dataset("own.npz", data.Split([x] * 5), data.Split([x] * 5), {}, tuple("abcde"))
-    pairs = figures.posterior_distances(Wide([(1, 4, 4)] * 5), dataset)
+    pairs = posterior_distances(Wide([(1, 4, 4)] * 5), dataset)
     assert [a + b for (a, b), _, _ in pairs] == ["ab", "ac", "ad", "ae", "bc", "bd"]
     figures.relatedness(pairs, "example", "heading", None)
     assert "at most 6 pairs" in shown[0][1]
@@ -324,11 +305,14 @@ def test_a_latent_map_has_a_colour_per_modality_and_label(shown, monkeypatch):
 
 
 def test_gradient_histograms_name_their_medians(shown):
-    parts = {"encoders": torch.tensor([-1.0, 0, 3]), "decoders": torch.tensor([2.0, 1, -1])}
-    figures.gradient_histogram({"w detached": parts, "eq. (7)": parts}, "heading", None)
+    detached = {"encoders": torch.tensor([-1.0, 0, 3]), "decoders": torch.tensor([2.0, 1, -1])}
+    whole = {"encoders": torch.tensor([-4.0, -1, 2]), "decoders": torch.tensor([-2.5, -2, 2])}
+    ratios = {"w detached": detached, "eq. (7)": whole}
+    figures.gradient_histogram(ratios, "heading", None)
     left, right = shown[0][0].axes
-    assert legend(left) == ["without the gradient of w, median 1", "all of Eq. (7), median 1"]
-    assert legend(right)[1] == "all of Eq. (7), median 10"
+    assert legend(left) == ["without the gradient of w, median 1", "all of Eq. (7), median 0.1"]
+    assert legend(right) == ["without the gradient of w, median 10", "all of Eq. (7), median 0.01"]
+    assert list(signal_to_noise(ratios).values()) == pytest.approx([1, 0.1, 10, 0.01])
     assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
 
 
@@ -399,22 +383,21 @@ def test_images_without_labels_or_views_have_no_generations(tmp_path, unsaved):
     assert files == [f"run-{name}.png" for name in ("joint", "relatedness", "training")]
 
 
-def test_the_gradient_is_of_complete_examples_of_meme(tmp_path, monkeypatch, unsaved):
-    asked, part = [], {"encoders": torch.zeros(3), "decoders": torch.ones(3)}
+def test_the_gradient_is_that_of_meme_where_it_has_ratios(tmp_path, monkeypatch, unsaved):
+    asked, part, dataset = [], {"encoders": torch.zeros(3), "decoders": torch.ones(3)}, toy()
+    for other in ("page", "training", "latent_map", "relatedness"):
+        monkeypatch.setattr(figures, other, lambda *_: None)
+    for ratios in ({"w detached": part, "eq. (7)": part}, {}):
+        (tmp_path / str(len(ratios))).mkdir()
 
-    def ratios(model, xs):
-        asked.append(xs)
-        return {"w detached": part, "eq. (7)": part}
+        def recorded(model, dataset, ratios=ratios):
+            asked.append(dataset)
+            return ratios
 
-    monkeypatch.setattr(figures, "gradient_ratios", ratios)
-    dataset, mask = toy(), torch.from_numpy(every_pattern(300, 2))
-    _, failed, files = drawn(tmp_path, dataset._replace(test_mask=mask), model="MEME")
-    assert "run-gradient.png" in files and not failed
-    ((first, second),) = asked
-    index = mask.all(1).nonzero()[:64, 0]
-    assert torch.equal(first, dataset.test[index][0]) and torch.equal(
-        second, dataset.test[index][1]
-    )
+        monkeypatch.setattr(figures, "gradient_ratios", recorded)
+        _, failed, files = drawn(tmp_path / str(len(ratios)), dataset, model="MEME")
+        assert ("run-gradient.png" in files) == bool(ratios) and not failed
+    assert len(asked) == 2 and all(x.test is dataset.test for x in asked)
 
 
 def test_the_title_names_what_is_always_shown():

@@ -6,7 +6,6 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Independent, Normal
 
 import data
 import nets
@@ -305,6 +304,11 @@ def test_intervals_cover_nine_of_ten_hidden_values(tmp_path):
         assert np.array_equal(high[~missing], x[~missing])
         middle = (low + high)[missing] / 2
         assert np.allclose(middle, written[f"x{k}"][missing], rtol=1e-4)
+    width = fill.half_widths(model, dataset, (True, False, True), [1], 0.6, seed=0)[1]
+    other = fill.half_widths(model, dataset, (True, False, True), [1], 0.6, seed=1)[1]
+    assert (width != other).all() and np.allclose(width, other, rtol=0.2)
+    errors = np.abs(truth[1] - written["x1"])[~mask[:, 1]]
+    assert (errors <= width).mean() == pytest.approx(0.6, abs=0.04)
 
 
 def test_intervals_of_counts_start_at_zero(mixed, tmp_path):
@@ -373,6 +377,8 @@ def test_few_test_rows_share_their_intervals_and_say_so(tmp_path, capsys):
     mask[10:30, 1] = True
     written, _ = filled(model, tmp_path, new, dataset=dataset._replace(test_mask=mask))
     assert not capsys.readouterr().err and np.isfinite(written["x0_high"]).all()
+    filled(model, tmp_path, new, dataset=dataset._replace(test_mask=mask), level=0.99)
+    assert "only 30 test rows" in capsys.readouterr().err  # 99 are needed
 
 
 def test_rows_that_show_a_part_hide_what_new_ones_do():
@@ -509,17 +515,23 @@ WRONG = {
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_unsuitable_arrays_are_refused_before_the_work(mixed, monkeypatch, tmp_path, change):
+def test_unsuitable_arrays_are_refused(mixed, tmp_path, change):
     test, _, model = mixed
     (arrays_, expected), (path, out) = WRONG[change], paths(tmp_path)
     np.savez(path, **test | arrays_)
-    monkeypatch.setattr(fill, "posterior_batches", None)
     with pytest.raises(ValueError) as error:
-        fill.fill(model, path, out)
-    assert (
-        expected in str(error.value) and str(path) in str(error.value) or change == "a hidden row"
-    )
-    assert expected in str(error.value) and list(tmp_path.iterdir()) == [path]
+        fill.check(model, path, out)
+    assert expected in str(error.value)
+    assert str(path) in str(error.value) or change == "a hidden row"
+
+
+def test_a_refusal_comes_before_the_work(mixed, monkeypatch, tmp_path):
+    path, out = paths(tmp_path)
+    np.savez(path, kind=np.full(3, 4))
+    monkeypatch.setattr(fill, "posterior_batches", None)
+    with pytest.raises(ValueError, match="kind must be below 4, as in training, not 4"):
+        fill.fill(mixed[2], path, out)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_input_without_modalities_is_refused(mixed, tmp_path):
@@ -590,17 +602,3 @@ def test_wide_tables_take_fewer_residuals(monkeypatch):
         120,
         3,
     )
-
-
-def test_intervals_of_a_biased_posterior_still_cover(tmp_path):
-    """Residuals are those of the run, whatever its posterior."""
-    model, dataset = exact((5, 4))
-    model.posterior = lambda *xs: Independent(
-        Normal(torch.zeros(next(len(x) for x in xs if x is not None), 2), 0.05), 1
-    )
-    new = model.examples(2000, 4)
-    given, x = {"x1": new.bases[1].numpy()}, new.bases[0].numpy()
-    for level in (0.9, 0.6):
-        written, _ = filled(model, tmp_path, given, dataset=dataset, level=level)
-        inside = (written["x0_low"] <= x) & (x <= written["x0_high"])
-        assert inside.mean() == pytest.approx(level, abs=0.03)

@@ -83,6 +83,8 @@ def value(result, title):
         "self ": "self_coherence",
         "corr. ": "correlation",
         "chance ": "chance_correlation",
+        "W2 overlap ": "w2_overlap",
+        "SNR ": "signal_to_noise",
     }
     title = title.replace("\\|", "|")
     whole = {"joint": "joint_coherence", "joint entropy": "joint_entropy"}
@@ -271,7 +273,7 @@ def numbers(result):
     sections = ("cross_coherence", "self_coherence", "joint_coherence", "joint_entropy")
     sections += ("aggregate_coherence", "aggregate_entropy", "accuracy", "latent_accuracy")
     sections += ("mutual_information", "log_likelihood", "correlation", "chance_correlation")
-    for section in (*sections, "rank", "bits"):
+    for section in (*sections, "rank", "bits", "w2_overlap", "signal_to_noise"):
         part = result.get(section)
         yield from part.values() if isinstance(part, dict) else [part]
 

@@ -226,7 +226,9 @@ def test_two_processes_are_a_plain_loop_to_the_bit(own, batchnorm, clock, tmp_pa
 
 def test_flags_reach_the_data_and_the_model(arrays):
     flags = f"--dataset {arrays} --limit 40 --seed 5 --paired 0.5 --unpaired 1 --weights 2,0.5"
-    flags += " --likelihoods laplace,bernoulli --width 0.5 --latent-dim 3 --experts exact --anneal 9"
+    flags += (
+        " --likelihoods laplace,bernoulli --width 0.5 --latent-dim 3 --experts exact --anneal 9"
+    )
     p, args = SCRIPTS["mvae"].parse_args([*flags.split(), "--no-standardise"])
     dataset, streams, model, record = SCRIPTS["mvae"].build(args, {})
     assert len(dataset.train) == record["examples"] == 40 and record["spec"]["width"] == 0.5
@@ -269,6 +271,14 @@ def test_amp_is_within_one_percent_of_float32():
             losses.append(model([(1.0, xs)]))
     assert losses[1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
+
+
+def test_nothing_is_hidden_clipped_or_chosen_unless_asked():
+    args = vars(SCRIPTS["mvae"].parse_args([])[1])
+    off = dict(paired=1.0, unpaired="split", sampling="natural", decay=0.0, clip=0.0, width=1.0)
+    off |= dict(likelihoods=None, weights=None, limit=None, seed=0, resume=None, standardise=True)
+    off |= dict(amp=False, compile=False, device="cpu", data=os.path.abspath("data"))
+    assert {key: args[key] for key in off} == off
 
 
 @pytest.mark.parametrize("script, typed, name", [

@@ -199,12 +199,24 @@ def test_each_table_of_the_papers_is_one_table():
     own |= {"ridge_r2", "ridge_accuracy", "ridge_log_loss"}
     assert sorted(sections) == sorted(set(with_columns) - own)
     whole = result() | {"self_coherence": {"grey": 0.9}, "latent_accuracy": {"grey": 0.8}}
-    whole |= {"joint_coherence": 0.7, "joint_entropy": 2.3}
+    whole |= {"joint_coherence": 0.7, "joint_entropy": 2.3, "w2_overlap": {"grey,colour": 0.25}}
+    whole["signal_to_noise"] = {"encoders, w detached": 1.2, "decoders, eq. (7)": 0.14}
     text = tables.table([whole])
     heads = [table[0][5:] for table in grid(text)]
     assert heads[:3] == [["grey→colour", "self grey"], ["joint", "joint entropy"], ["latent grey"]]
+    assert heads[3:5] == [
+        ["W2 overlap grey,colour"],
+        ["SNR encoders, w detached", "SNR decoders, eq. (7)"],
+    ]
     captions = re.findall(r"^(\w.*)\n\n\|", text, re.M)
-    assert captions == ["Coherence", "Joint samples", "Latent accuracy", "Log-likelihood, nats"]
+    assert captions == [
+        "Coherence",
+        "Joint samples",
+        "Latent accuracy",
+        "Relatedness",
+        "Signal-to-noise of the gradient",
+        "Log-likelihood, nats",
+    ]
 
 
 def test_markdown_aligns_its_columns_and_escapes_bars():
@@ -247,6 +259,9 @@ def test_notes_name_what_the_numbers_depend_on():
     plain = result() | {"pseudo": False, "oracle": {}}
     del plain["log_likelihood"], plain["log_likelihood_rise"]
     assert tables.notes([plain]) == []
+    for section, start in (("w2_overlap", "W2 overlap: "), ("signal_to_noise", "SNR: ")):
+        (line,) = tables.notes([plain, plain | {section: {"a,b": 0.5}}])
+        assert line.startswith(start)
 
 
 def test_notes_are_120_columns_wide():
