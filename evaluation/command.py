@@ -22,17 +22,13 @@ import data
 import nets
 from eval import (
     coherence,
-    gradient_ratios,
     joint_coherence,
     latent_accuracy,
     log_likelihoods,
     mutual_information,
-    posterior_distances,
-    signal_to_noise,
     split_accuracy,
-    w2_overlap,
 )
-from evaluation import cub, figures, fill, oracles, own, spectra, tables
+from evaluation import cub, figures, fill, latent, oracles, own, spectra, tables
 
 SCRIPTS = ("meme", "svae", "vaevae", "mmvae", "mvae")
 MOST_LABELS = 200  # the memory of a logistic regression grows with their square
@@ -239,12 +235,12 @@ def evaluate(run, benchmark, examples=100, samples=1000, seed=0):
     if len(judges) > 1:
         torch.manual_seed(seed)  # the same examples with and without likelihoods
         with Progress("distances of related and unrelated examples"):
-            sections["w2_overlap"] = w2_overlap(posterior_distances(model, dataset))
+            sections["w2_overlap"] = latent.w2_overlap(latent.posterior_distances(model, dataset))
         if run.args["model"] == "MEME":
             with Progress("signal-to-noise ratio of the gradient"):
-                ratios = gradient_ratios(model, dataset)
+                ratios = latent.gradient_ratios(model, dataset)
             if ratios:
-                sections["signal_to_noise"] = signal_to_noise(ratios)
+                sections["signal_to_noise"] = latent.signal_to_noise(ratios)
     return sections
 
 

@@ -21,21 +21,23 @@ import torch.nn.functional as F
 
 import data
 from eval import (
-    BINS,
-    MOST_PAIRS,
     generate,
-    gradient_ratios,
-    latent_points,
-    posterior_distances,
     predict,
     rows_with,
-    signal_to_noise,
     subsets,
     view,
-    w2_overlap,
 )
 from evaluation import own, tables
 from evaluation.curves import CHARTS, MIXED, curves, fraction, numbers_of
+from evaluation.latent import (
+    BINS,
+    MOST_PAIRS,
+    gradient_ratios,
+    latent_points,
+    posterior_distances,
+    signal_to_noise,
+    w2_overlap,
+)
 
 COLOURS = {  # of Okabe and Ito's palette, which is safe for the colour-blind
     "MEME": "#0072B2",
@@ -287,7 +289,7 @@ def relatedness(pairs, word, heading, path):
     """[meme] Figs. 8 and 9: histograms of the distances of q(z|x_a) and q(z|x_b), with their
     overlap, and, of 2 to 20 classes, the mean distances between them and their tree.
 
-    pairs: see eval.posterior_distances; word: what related examples have in common
+    pairs: see latent.posterior_distances; word: what related examples have in common
     """
     n, sizes = len(pairs), [len(np.unique(labels)) for _, _, labels in pairs]
     by_class, height = all(1 < size <= 20 for size in sizes), 3.6 if n < 3 else 2.7
@@ -400,7 +402,7 @@ def latent_map(z, labels, names, word, heading, path):
 
 
 def gradient_histogram(ratios, heading, path):
-    """[meme] Fig. 10. ratios: see eval.gradient_ratios"""
+    """[meme] Fig. 10. ratios: see latent.gradient_ratios"""
     texts = {"w detached": "without the gradient of w", "eq. (7)": "all of Eq. (7)"}
     figure, (axes,) = panels(1, 2, 4.5, 3.5, sharex=True, sharey=True)
     medians = signal_to_noise(ratios)

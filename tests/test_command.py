@@ -179,12 +179,12 @@ def sections(dataset, oracles, monkeypatch, model="MVAE", ratios=True, **options
 
     for name in (*judged, "mutual_information", "latent_accuracy", "log_likelihoods"):
         monkeypatch.setattr(command, name, metric(name))
-    monkeypatch.setattr(command, "posterior_distances", metric("posterior_distances"))
-    monkeypatch.setattr(command, "gradient_ratios", metric("gradient_ratios"))
+    monkeypatch.setattr(command.latent, "posterior_distances", metric("posterior_distances"))
+    monkeypatch.setattr(command.latent, "gradient_ratios", metric("gradient_ratios"))
     for section in ("w2_overlap", "signal_to_noise"):
-        monkeypatch.setattr(command, section, lambda found: found)
+        monkeypatch.setattr(command.latent, section, lambda found: found)
     if not ratios:
-        monkeypatch.setattr(command, "gradient_ratios", lambda *_: {})
+        monkeypatch.setattr(command.latent, "gradient_ratios", lambda *_: {})
     monkeypatch.setattr(own, "evaluate", metric("regenerated"))
     extra = command.Extra(metric("spectra"), draw=None)
     monkeypatch.setitem(command.EXTRAS, "spectra", extra)

@@ -12,8 +12,8 @@ from torch.distributions import Independent, Normal
 
 import data
 import nets
-from eval import posterior_distances, signal_to_noise, w2_overlap
 from evaluation import figures
+from evaluation.latent import posterior_distances, signal_to_noise, w2_overlap
 from helpers import READERS, SHAPES, Perfect, every_pattern, toy
 
 
