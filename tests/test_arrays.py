@@ -394,6 +394,8 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
         ({"train_1": None}, "train_1"),
         ({"test_1": None}, "test_1"),
         ({"extra": np.zeros(1)}, "an array 'extra'"),
+        ({"extra_x": np.zeros(1)}, "an array 'extra_x'"),
+        ({"train_": np.zeros(4), "test_": np.zeros(2)}, "an array 'train_'"),
         ({"train_1": None, "test_1": None}, "two modalities or more, not 1"),
         ({"train_1": np.ones((5, 2))}, "as many rows"),
         ({"train_1": np.ones((0, 2))}, "train_1 must be numeric"),
@@ -457,14 +459,15 @@ def test_memory_stays_below_two_and_a_half_times_the_arrays(path, monkeypatch):
 # --------------------------------------------------------------------------------- "taken as" lines
 
 TABLE = np.arange(12.0).reshape(4, 3) + 0.5
-GAPS, UNSEEN, CONSTANT = TABLE.copy(), TABLE.copy(), TABLE.copy()
-GAPS[0, 1], UNSEEN[:, 2], CONSTANT[:, :2] = np.nan, np.nan, 7
+GAPS, UNSEEN, CONSTANT, ONCE = (TABLE.copy() for _ in range(4))
+GAPS[0, 1], UNSEEN[:, 2], CONSTANT[:, :2], ONCE[1:, 2] = np.nan, np.nan, 7, np.nan
 NUMBERS = "x: numbers (3), normal (--likelihoods), standardised (--no-standardise)"
 LINES = [
     (TABLE, NUMBERS),
     (GAPS, f"{NUMBERS}; 8.3% missing"),
     (UNSEEN, f"{NUMBERS}; no training row has feature 2 (not scored)"),
     (CONSTANT, f"{NUMBERS}; constant: features 0, 1"),
+    (ONCE, f"{NUMBERS}; 25.0% missing; constant: feature 2"),
     (TABLE // 1, f"{NUMBERS}; whole numbers: as integers they would be counts"),
     (TABLE // 1 - 20, NUMBERS),
     ((TABLE - 3).astype(int), f"{NUMBERS}; integers, but below 0"),

@@ -411,13 +411,14 @@ def test_a_moved_npz_is_found_by_dataset(folder):
 def test_data_and_limit_are_those_of_the_run(monkeypatch, typed, root, views, limits):
     calls = []
 
-    def load(name, root, limit, **_):
+    def load(name, root, limit, **facts):
+        assert facts == {key: args[key] for key in ("likelihoods", "standardise", "spec")}
         calls.append((name, root, limit))
         return toy(n=4)._replace(views=views)
 
     monkeypatch.setattr(data, "load", load)
     args = {"dataset": "mnist-svhn", "data": "of training", "limit": 3, "note": "", "digest": ""}
-    args |= {"likelihoods": None, "standardise": True, "spec": {"name": "mnist-svhn"}}
+    args |= {"likelihoods": ["laplace"], "standardise": False, "spec": {"name": "mnist-svhn"}}
     run = command.Run(Path("run"), args, 1, 1.0, None, [])
     where = command.place(run, SimpleNamespace(dataset=None, data=typed))
     command.load_dataset(run, *where, "cpu")

@@ -191,6 +191,7 @@ def test_levels_are_drawn_where_the_points_come_near(shown):
     lines = {line.get_label(): line for line in ax.lines}
     levels = {name: lines[name].get_ydata()[0] for name in ("chance", "real images")}
     assert levels == {"chance": 0.1, "real images": 0.625}
+    assert (lines["chance"].get_linestyle(), lines["real images"].get_linestyle()) == (":", "-.")
     low, high = ax.get_ylim()
     assert low < 0.1 and high > 0.625
     texts = {text.get_text() for text in figure.legends[0].get_texts()}
@@ -235,6 +236,16 @@ def test_results_of_a_data_set_have_curves_and_a_page(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"glyphs-paired.png", "glyphs-models.png"}
     assert not figures.draw_results(results[:1], pages, tmp_path / "one")
     assert not (tmp_path / "one").exists()  # nothing to compare
+
+
+def test_the_axis_of_curves_has_the_name_of_the_flag(monkeypatch, tmp_path):
+    axes = []
+    monkeypatch.setattr(figures, "draw_curves", lambda lines, name, *where: axes.append(where))
+    for against in ("paired", "pseudo_samples"):
+        results = [result("MEME", **{against: value}) for value in (1, 0.5)]
+        assert not figures.draw_results(results, {}, tmp_path, against)
+    assert axes == [("paired fraction f", tmp_path / "glyphs-paired.png"),
+                    ("pseudo-samples", tmp_path / "glyphs-pseudo-samples.png")]  # fmt: skip
 
 
 def test_small_powers_of_two_are_written_as_fractions():

@@ -430,9 +430,12 @@ def test_a_log_is_a_table_with_a_header(tmp_path):
 def test_a_run_is_read_as_it_was_saved(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match="holds no run: it has no args.json and checkpoint.pt"):
+    refused = pytest.raises(ValueError, match="holds no run: it has no args.json and checkpoint.pt")
+    with refused:
         data.read_run(tmp_path)
     data.save_run(tmp_path, model, optimizer, 3, [{"epoch": 3, "objective": -1.5}])
+    with refused:  # args.json is missing
+        data.read_run(tmp_path)
     (tmp_path / "args.json").write_text(
         json.dumps({"masked": False, "note": "ä"}), encoding="utf-8"
     )

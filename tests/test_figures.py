@@ -53,6 +53,8 @@ def test_tiles_keep_the_shape_of_an_image():
         assert x.shape == (2, 3, 112, 112) and not x.any()
     wide = figures.fit(torch.zeros(2, 3, 8, 16), 112, 112)
     assert not wide[:, :, 28:84].any() and (wide[:, :, :28] == 1).all()
+    tall = figures.fit(torch.zeros(2, 3, 40, 20), 112, 200)
+    assert not tall[..., 72:128].any() and (tall[..., :72] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,9 @@ def test_a_page_marks_digits_that_disagree(shown):
     texts = [(t.get_text(), t.get_weight(), to_hex(t.get_color()).upper()) for t in ax.texts]
     assert texts == [("4", "normal", "#000000"), ("7", "bold", figures.RED)] * 2
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
+    middle = [4 + 56, 4 + 56 + 116]  # tiles of 112 pixels with 4 between them
+    assert list(ax.get_yticks()) == middle == [t.get_position()[1] for t in ax.texts[::2]]
+    assert [t.get_position()[0] for t in ax.texts] == [128, 128 + 112 + 24 + 4] * 2
     assert "bold and orange where" in ax.get_title()
 
 
@@ -141,6 +146,14 @@ def test_a_page_has_the_images_of_its_rows_below_each_other(tmp_path):
 
 
 # ------------------------------------------------------------------------------ charts of one run
+
+
+def test_charts_stand_in_columns_with_few_empty_places():
+    for n, rows, columns in ((1, 1, 1), (4, 1, 4), (5, 2, 3), (7, 2, 4), (9, 3, 3)):
+        figure, axes = figures.grid(n, 1.0, 1.0)
+        assert len(axes) == len(figure.axes) == n
+        assert axes[0].get_gridspec().get_geometry() == (rows, columns)
+    figures.pyplot().close("all")
 
 
 def test_training_curves_have_the_rows_of_the_log(shown):
@@ -302,6 +315,9 @@ def test_a_latent_map_has_a_colour_per_modality_and_label(shown, monkeypatch):
     assert left.get_xlabel() == right.get_xlabel() == "first" and left.get_ylabel() == "second"
     figures.latent_map(z, np.arange(60), ("0", "1", "2"), "row label", "heading", None)
     assert shown[1][0].axes[2].get_ylabel() == "row label"  # too many labels: a colour bar
+    figures.latent_map(z, np.arange(60) // 3, ("0", "1", "2"), "row label", "heading", None)
+    _, right = shown[2][0].axes
+    assert legend(right) == [str(n) for n in range(20)]
 
 
 def test_gradient_histograms_name_their_medians(shown):
