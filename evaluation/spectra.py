@@ -81,7 +81,7 @@ def bit_scores(probabilities, bits):
 
 
 @torch.no_grad()
-def predict_bits(model, take, n, samples=1, batch_size=128):
+def predict_bits(model, take, n, samples, batch_size=128):
     """p(bit = 1) given the spectrum: the mean probability over samples of q(z|spectrum).
 
     take(index): the spectra (B, 11000) of some of the n examples. -> float32 (n, 2149)

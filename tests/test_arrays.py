@@ -103,14 +103,14 @@ CHOSEN = [  # an array, the likelihood asked for, the kind that follows
     (DARK, "laplace", "greys"), (DARK > 0, "bernoulli", "bits"),
 ]  # fmt: skip
 MISFITS = [  # an array, the likelihood asked for, what the error says
-    (COUNTS / 2, "poisson", "must hold whole numbers from 0 on"),
+    (COUNTS / 2, "poisson", "must hold whole numbers .* or name another likelihood"),
     (REAL, "poisson", "must hold whole numbers from 0 on"),
     (np.array([[1.0], [np.inf]]), "poisson", "must hold whole numbers from 0 on"),
     (COUNTS, "bernoulli", r"must hold bytes or floats in \[0, 1\]"),
     (COUNTS, "categorical", "needs the likelihood .* not 'categorical'"),
     (np.arange(2), "laplace", "needs the likelihood categorical, not 'laplace'"),
     (np.ones((2, 8, 8)), "poisson", "needs the likelihood bernoulli or laplace or normal"),
-    (np.array([0, -1]), None, "must hold integers from 0 to C - 1"),
+    (np.array([0, -1]), None, "must hold integers from 0 to C - 1, .* train_mask$"),
     (np.array([0, 2**16]), None, "must hold integers from 0 to C - 1"),
     (np.array([0.0, 1.0]), None, "a class is an integer"),
     (np.full((2, 8, 8), 7.0), None, r"must hold bytes or floats in \[0, 1\]"),
@@ -411,6 +411,7 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
         ({"train_0": np.array([["a"]] * 4)}, "train_0 must be numeric"),
         ({"train_0": np.array([[None]] * 4)}, "cannot be read"),
         ({"train_0": np.zeros((4, 3, 3, 3)), "test_0": np.zeros((2, 3, 3, 3))}, "smaller than 8 x"),
+        ({"train_0": np.zeros((4, 3, 7, 9)), "test_0": np.zeros((2, 3, 7, 9))}, "smaller than 8 x"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused_by_name(change, match, path):

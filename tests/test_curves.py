@@ -207,6 +207,8 @@ def test_the_legend_of_many_curves_fits_the_figure(shown):
         for f in (0.5, 1)
     ]
     figure = curve_axes(shown, results)
+    markers = [points.get_marker() for points, _, _ in figure.axes[0].containers]
+    assert markers[:6] == [*figures.MARKERS, figures.MARKERS[0]]  # lines of one colour
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0

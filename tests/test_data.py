@@ -113,6 +113,8 @@ def test_whole_groups_give_the_nearest_counts():
         data.pairing(120, AB, 0.4, "split", seed, groups=groups)[0][1] for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and set(first.tolist()) != set(other.tolist())
+    with pytest.raises(ValueError, match="--paired 0.01 of 120 examples leaves none paired"):
+        data.pairing(120, AB, 0.01, "split", groups=groups)  # 0 is nearer to 1.2 than 3
     for groups in (None, torch.arange(50)):  # groups of one give the counts without groups
         streams = data.pairing(50, AB, 0.3, "split", 1, groups=groups)
         assert [len(index) for _, index in streams] == [15, 18, 17]

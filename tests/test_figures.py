@@ -224,6 +224,7 @@ def test_relatedness_has_histograms_distances_and_a_tree(shown):
         ("digit, q(z|b)", "digit, q(z|a)"),
         ("digit", "mean W2 of two groups"),
     ]
+    assert sorted(tick.get_text() for tick in axes[2].get_xticklabels()) == list("0123")
     matrix = axes[1].images[0].get_array()
     assert np.allclose(matrix, figures.class_means(*distances_of(("a", "b"))[0][1:]))
 
@@ -397,6 +398,13 @@ def test_images_without_labels_or_views_have_no_generations(tmp_path, unsaved):
     rows, failed, files = drawn(tmp_path, dataset._replace(**splits, views={}), oracles={})
     assert rows is None and not failed
     assert files == [f"run-{name}.png" for name in ("joint", "relatedness", "training")]
+
+
+def test_without_complete_rows_nothing_is_generated(tmp_path, unsaved):
+    mask = torch.tensor([[True, False], [False, True]]).repeat(150, 1)
+    rows, failed, files = drawn(tmp_path, toy()._replace(test_mask=mask))
+    assert rows is None and not failed
+    assert files == [f"run-{name}.png" for name in ("joint", "latent", "training")]
 
 
 def test_the_gradient_is_that_of_meme_where_it_has_ratios(tmp_path, monkeypatch, unsaved):

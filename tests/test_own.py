@@ -538,6 +538,20 @@ def test_ridge_leaves_out_arrays_that_are_too_wide(monkeypatch):
     assert found["x1"]["ridge"] is None and found["x1"]["model"].shape == (2,)
 
 
+def test_features_of_a_regression_have_the_deviation_one(mixed):
+    """Also those that the run has not standardised, and a constant one."""
+    x = torch.tensor([[1, 100, 3], [3, 500, 3], [2, 300, 3]])
+    modality = nets.Modality("counts", (3,), None, None, "poisson", kind="counts")
+    dataset = mixed[1]._replace(train=data.Split([x, x]), test=data.Split([x, x]))
+    both = torch.ones(3, 2, dtype=torch.bool)
+    regression = own.ridge_of(dataset, [modality] * 2, (0,), 1, both)
+    table = {0: own.features(modality, x)}
+    expected = math.sqrt(3 / 2) * np.array([[-1, -1, 0], [1, 1, 0], [0, 0, 0]])
+    assert np.allclose(regression.design(table), expected)
+    both[1:, 0] = False
+    assert own.ridge_of(dataset, [modality] * 2, (0,), 1, both) is None  # one row alone
+
+
 def test_ridge_of_many_rows_is_fitted_to_some(monkeypatch):
     model, dataset = exact((6, 2), n=3000)
     mask, fitted, ridge = torch.ones(3000, 2, dtype=torch.bool), [], own.ridge

@@ -105,7 +105,7 @@ def test_an_interrupted_run_has_a_row_of_its_own():
     "flags, shared",
     [
         (dict(out="elsewhere", data="elsewhere", device="cuda", amp=True, resume=""), True),
-        (dict(graph=False, masked=False), True),  # an unset flag equals a missing one
+        (dict(options={"full_gradient": False, "direction": None}), True),  # unset flags, missing ones
         (dict(spec={"name": "glyphs", "more": 1}), True),  # follows from the data and the flags
         (dict(batch_size=32), False),
         (dict(limit=50), False),
