@@ -406,6 +406,11 @@ GOOD |= {"test_0": np.zeros((2, 3)), "test_1": np.ones((2, 2))}
         ({"test_mask": np.array([[1, np.nan]] * 2)}, "test_mask must hold 0 and 1"),
         ({"train_mask": np.array([[1, 0]] * 4)}, "1: no training example, or .* shows it"),
         ({"test_mask": np.array([[0, 1]] * 2)}, "0: no training example, or .* shows it"),
+        (
+            {"train_mask": np.array([[1, 0]] * 4)}
+            | {f"{part}_1": np.ones((n, 2), int) for part, n in (("train", 4), ("test", 2))},
+            "1: no training example, or .* shows it",
+        ),
         ({"train_labels": np.ones(3, int)}, "as many rows"),
         ({"train_labels": np.ones(4)}, "train_labels must hold one integer"),
         ({"train_0": np.array([["a"]] * 4)}, "train_0 must be numeric"),

@@ -406,6 +406,10 @@ def test_a_moved_npz_is_found_by_dataset(folder):
     assert found["data"] == str(folder / "there" / "own.npz")
 
 
+def test_help_tells_what_each_flag_does():
+    assert all(flag.help for flag in command.parser()._actions)
+
+
 @pytest.mark.parametrize("typed, root", [(None, "of training"), ("there", "there")])
 @pytest.mark.parametrize("views, limits", [({}, [3]), ({"image": (0,)}, [3, None])])
 def test_data_and_limit_are_those_of_the_run(monkeypatch, typed, root, views, limits):

@@ -203,7 +203,9 @@ def test_correlations_are_fit_on_training_and_measured_on_generated_pairs(pairs,
         return vectors
 
     monkeypatch.setattr(cub, "cached_word_vectors", word_vectors)
-    found = cub.evaluate(Turned(10), dataset, "there", seed=3)
+    model = Turned(10).train()
+    found = cub.evaluate(model, dataset, "there", seed=3)
+    assert not model.training
     assert trained == [("there", dataset.train.bases[1], WORDS)]
 
     def embed(tokens):

@@ -120,6 +120,12 @@ def test_whole_groups_give_the_nearest_counts():
         assert [len(index) for _, index in streams] == [15, 18, 17]
 
 
+def test_by_default_all_is_paired_by_seed_zero():
+    ((mask, index),) = toy(n=40).streams()
+    ((same, expected),) = data.pairing(40, AB, 1.0, "split", 0)
+    assert mask == same == (True, True) and torch.equal(index, expected)
+
+
 def test_a_data_set_pairs_by_its_own_mask_and_groups():
     dataset = toy(n=40)
     for key in ("mask", "groups"):
@@ -214,6 +220,15 @@ def epoch(n, paired, unpaired, size, sampling, rank=0, world=1, seed=0):
     streams = data.pairing(n, AB, paired, unpaired, seed=0)
     steps = data.batches(tiny(n), streams, size, sampling, generator(seed), rank, world)
     return [[(w, xs, tuple(x is not None for x in xs)) for w, xs in step] for step in steps]
+
+
+def test_by_default_a_process_takes_all_of_a_step():
+    streams = data.pairing(10, AB, 0.3, "a", seed=0)
+    steps = [list(data.batches(tiny(10), streams, 4, "natural", generator(0), *place))
+             for place in ((), (0, 1))]  # fmt: skip
+    for one, other in zip(*steps, strict=True):
+        assert [w for w, _ in one] == [w for w, _ in other]
+        assert all(torch.equal(xs[0], ys[0]) for (_, xs), (_, ys) in zip(one, other))
 
 
 @pytest.mark.parametrize("world", [1, 3])

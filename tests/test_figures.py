@@ -126,6 +126,9 @@ def test_a_page_marks_digits_that_disagree(shown):
     rows = [figures.Row("", "a", x, digits, agreement), figures.Row("", "b", x, digits, agreement)]
     figures.page(rows, "heading", None)
     ax = shown[0][0].axes[0]
+    height, width = ax.images[0].get_array().shape[:2]  # and room for the margins, inches
+    inches = [width / figures.DPI + 1.3, height / figures.DPI + 0.4]
+    assert height < width and shown[0][0].get_size_inches().tolist() == pytest.approx(inches)
     texts = [(t.get_text(), t.get_weight(), to_hex(t.get_color()).upper()) for t in ax.texts]
     assert texts == [("4", "normal", "#000000"), ("7", "bold", figures.RED)] * 2
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
@@ -150,8 +153,9 @@ def test_a_page_has_the_images_of_its_rows_below_each_other(tmp_path):
 
 def test_charts_stand_in_columns_with_few_empty_places():
     for n, rows, columns in ((1, 1, 1), (4, 1, 4), (5, 2, 3), (7, 2, 4), (9, 3, 3)):
-        figure, axes = figures.grid(n, 1.0, 1.0)
+        figure, axes = figures.grid(n, 2.0, 3.0)
         assert len(axes) == len(figure.axes) == n
+        assert figure.get_size_inches().tolist() == [2 * columns, 3 * rows]
         assert axes[0].get_gridspec().get_geometry() == (rows, columns)
     figures.pyplot().close("all")
 
@@ -330,6 +334,7 @@ def test_gradient_histograms_name_their_medians(shown):
     assert legend(left) == ["without the gradient of w, median 1", "all of Eq. (7), median 0.1"]
     assert legend(right) == ["without the gradient of w, median 10", "all of Eq. (7), median 0.01"]
     assert list(signal_to_noise(ratios).values()) == pytest.approx([1, 0.1, 10, 0.01])
+    assert [ax.get_title() for ax in (left, right)] == ["encoders", "decoders"]
     assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
 
 
@@ -350,6 +355,7 @@ def test_features_are_beside_ridge_and_sorted_if_many(shown):
         right.lines[0].get_xydata(), np.stack([np.arange(1, 81), np.linspace(1, 0, 80)], 1)
     )
     assert (left.get_ylabel(), right.get_ylabel()) == ("R² ↑", "accuracy ↑")
+    assert (left.get_xlabel(), right.get_xlabel()) == ("feature", "feature, best first")
     titles = [ax.get_title() for ax in (left, right)]
     assert titles == ["few, mean: model -1.75, ridge 0.50", "bits, mean: model 0.50"]
 
@@ -390,6 +396,22 @@ def test_a_failing_figure_leaves_the_others(tmp_path, capsys, monkeypatch, unsav
     assert failed == ["run-latent.png"] and len(files) == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{tmp_path / 'run-latent.png'} cannot be drawn: RuntimeError: no plane"
+
+
+def test_a_label_is_called_what_it_is(tmp_path, monkeypatch, unsaved):
+    words, points = [], []
+    monkeypatch.setattr(figures, "MOST_POINTS", 92)  # of all three modalities
+    monkeypatch.setattr(figures, "relatedness", lambda pairs, word, *_: words.append(word))
+    monkeypatch.setattr(figures, "latent_map", lambda z, *_: points.append(len(z)))
+    dataset = toy("mnist-split3")
+    unlabelled = data.Split(dataset.test.bases)
+    model = Perfect([x.shape[1:] for x in dataset.test.bases])
+    for each, oracles in (dataset, READERS), (dataset, {}), (dataset._replace(test=unlabelled), {}):
+        run, streams = run_of(model), each.streams()
+        monkeypatch.setattr(figures, "joint_samples", None)  # not of this test
+        figures.draw(run, each, oracles, tmp_path, 0, streams)
+    assert words == ["digit", "row label", "example"]
+    assert points == [90, 90]
 
 
 def test_images_without_labels_or_views_have_no_generations(tmp_path, unsaved):

@@ -258,6 +258,7 @@ def test_top_k_curves_are_means_over_seeds(shown):
     results = [result("SVAE", 0, (1, 1)), result("SVAE", 1, (1, 3)), result("MVAE", 0, (2, 4))]
     spectra.compare(results, None)
     (((ax,), heading),) = shown
+    assert ax.get_xlabel() == "k" and ax.get_xscale() == "log"
     lines = {line.get_label(): line for line in ax.lines}
     assert list(lines) == ["SVAE", "MVAE", "bit frequencies in training", "random order"]
     assert lines["SVAE"].get_ydata().tolist() == [0.75, 0.75, *[1] * 7]

@@ -105,7 +105,7 @@ def test_an_interrupted_run_has_a_row_of_its_own():
     "flags, shared",
     [
         (dict(out="elsewhere", data="elsewhere", device="cuda", amp=True, resume=""), True),
-        (dict(options={"full_gradient": False, "direction": None}), True),  # unset flags, missing ones
+        (dict(options={"full_gradient": False, "direction": None}), True),  # as missing ones
         (dict(spec={"name": "glyphs", "more": 1}), True),  # follows from the data and the flags
         (dict(batch_size=32), False),
         (dict(limit=50), False),
@@ -251,7 +251,10 @@ def test_a_likelihood_that_still_rises_is_a_loose_bound():
 def test_notes_name_what_the_numbers_depend_on():
     other = result("MVAE", limit=256) | {"oracle": {"grey": 0.99}, "samples": 50, "examples": 1}
     other |= {"prior": False, "folder": "runs/few"}
-    text = "\n".join(tables.notes([result(), result(seed=1), other]))
+    more = [result() | {"samples": k, "examples": 1} for k in (9, 3000, 70, 11)]
+    text = "\n".join(tables.notes([result(), result(seed=1), other, *more]))
+    sizes = re.findall(r"K = ([\d,]*\d)", text)
+    assert sizes == ["9", "11", "50", "70", "1,000", "3,000"]
     assert "Test accuracy of the oracles: grey 0.999; or grey 0.990.\n" in text
     assert "Trained on the first 256 examples only (--limit): few.\n" in text
     assert "K = 50, 1 test example, spread" in text and "K = 1,000, 100 test examples" in text
