@@ -279,8 +279,10 @@ def test_a_class_without_training_rows_counts_as_one():
     assert mean.tolist() == [3 / 4, 1 / 4, 1 / 4]
 
 
-def test_squares_are_about_the_mean_of_all_scored_rows():
-    """Not about that of the first batch of sorted rows."""
+@pytest.mark.parametrize("budget", [own.BUDGET, 2 * 60])
+def test_squares_are_about_the_mean_of_all_scored_rows(budget, monkeypatch):
+    """Not about that of the first batch, or of the first block of 60 rows, of sorted rows."""
+    monkeypatch.setattr(own, "BUDGET", budget)
     model, dataset = exact((3, 2), n=350)
     order = dataset.test.bases[1][:, 0].argsort()
     dataset = dataset._replace(test=data.Split([x[order] for x in dataset.test.bases]))
