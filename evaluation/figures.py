@@ -155,6 +155,7 @@ def draw(run, dataset, oracles, folder, seed, streams):
         with attempt(path("features"), failed):
             scores = own.feature_scores(model, dataset, seed, streams)
             features(scores, model.modalities, heading, path("features"))
+    torch.manual_seed(seed)  # the numbers in the next two figures are those of metrics.json
     if dataset.groups is None:  # else other examples of a group are related, too
         with attempt(path("relatedness"), failed):
             pairs = posterior_distances(model, dataset)

@@ -387,6 +387,18 @@ def test_a_run_on_digits_has_five_figures(tmp_path, monkeypatch):
     assert [row.source for row in rows] == ["mnist"] * 3 + ["svhn"] * 3
 
 
+def test_pictures_have_the_examples_of_the_metrics(tmp_path, monkeypatch, unsaved):
+    """500 of 600 at random."""
+    found, dataset, model = [], toy(n=1200), Perfect(SHAPES)
+    monkeypatch.setattr(figures, "relatedness", lambda pairs, *_: found.append(pairs[0][1]))
+    run, streams = run_of(model), dataset.streams()
+    for seed in (5, 6):
+        figures.draw(run, dataset, READERS, tmp_path, seed, streams)
+        torch.manual_seed(seed)
+        assert np.array_equal(found[-1], posterior_distances(model, dataset)[0][1])
+    assert not np.array_equal(*found)
+
+
 def test_a_failing_figure_leaves_the_others(tmp_path, capsys, monkeypatch, unsaved):
     def failing(*args):
         raise RuntimeError("no plane")
