@@ -323,6 +323,13 @@ def test_a_latent_map_has_a_colour_per_modality_and_label(shown, monkeypatch):
     figures.latent_map(z, np.arange(60) // 3, ("0", "1", "2"), "row label", "heading", None)
     _, right = shown[2][0].axes
     assert legend(right) == [str(n) for n in range(20)]
+    hues = {to_hex(points.get_facecolor()[0]) for points in right.collections}
+    assert len(hues) == 20
+    figures.latent_map(z[:55], np.arange(55) % 11, ("0",), "row label", "heading", None)
+    hues = {to_hex(points.get_facecolor()[0]) for points in shown[3][0].axes[1].collections}
+    assert len(hues) == 11
+    figures.latent_map(z, np.arange(60) % 21, ("0", "1", "2"), "row label", "heading", None)
+    assert shown[4][0].axes[2].get_ylabel() == "row label"
 
 
 def test_gradient_histograms_name_their_medians(shown):
@@ -408,6 +415,16 @@ def test_a_failing_figure_leaves_the_others(tmp_path, capsys, monkeypatch, unsav
     assert failed == ["run-latent.png"] and len(files) == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{tmp_path / 'run-latent.png'} cannot be drawn: RuntimeError: no plane"
+
+
+def test_samples_of_an_untrained_prior_are_called_so(tmp_path, monkeypatch, unsaved):
+    headings, run, streams = [], run_of(Perfect(SHAPES)), toy().streams()
+    monkeypatch.setattr(figures, "page", lambda rows, heading, path: headings.append(heading))
+    for priors in (("mnist",), ("mnist", "svhn")):
+        monkeypatch.setattr(run.model, "trained_priors", lambda masks, priors=priors: priors)
+        figures.draw(run, toy(), READERS, tmp_path, 0, streams)
+    joint = [heading for heading in headings if "samples of p(z)" in heading]
+    assert ["a mixture of pseudo-samples" in heading for heading in joint] == [True, False]
 
 
 def test_a_label_is_called_what_it_is(tmp_path, monkeypatch, unsaved):

@@ -236,6 +236,10 @@ def test_disagreement_is_printed_and_noted_above_5_percent():
     results = [result() | certain, result("MVAE") | uncertain]
     assert rows(results)[1][5] == "0.500 (5.1%)"
     assert "Above 5 % a number is in doubt: grey→colour." in tables.notes(results)
+    names = "bcdefgha"
+    all_doubted = {"disagreement": {"accuracy": dict.fromkeys(names, 0.06)}}
+    line = f"Above 5 % a number is in doubt: {', '.join(sorted(names))}."
+    assert line in tables.notes([result() | all_doubted])
     both = [result(seed=k) | share for k, share in enumerate((certain, uncertain))]
     assert rows(both)[0][5] == "0.500 ± 0.000 (5.1%)"  # the mean of 5.00 and 5.10
 
