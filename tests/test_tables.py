@@ -610,7 +610,7 @@ def test_cells_of_a_table_are_those_of_its_runs():
                 assert numbers[:2] == pytest.approx(expected, abs=5.1e-4)
                 assert numbers[2] == pytest.approx(100 * statistics.mean(shares), abs=0.051)
                 checked += 1
-    assert checked == 31 * 5 - 1  # MEME at f = 1 has no prior
+    assert checked == 31 * 5
 
 
 def test_saved_results_are_whole_and_rounded_nowhere():
