@@ -179,6 +179,12 @@ def test_points_are_means_with_deviations_side_by_side(shown):
     assert first.get_ylim() == second.get_ylim() != third.get_ylim()  # the same section
 
 
+def test_points_of_near_ticks_stay_apart(shown):
+    results = [result(m, paired=f) for m in ("MEME", "MVAE", "SVAE") for f in (1 / 64, 0.5, 0.6)]
+    lines = [points.get_xdata() for points, _, _ in curve_axes(shown, results).axes[0].containers]
+    assert max(x[1] for x in lines) < min(x[2] for x in lines)
+
+
 def with_coherence(shares):
     """Results at f = 1/4 and 1/2 with one cross coherence each, and a latent accuracy of 1/4."""
     results = [result(paired=f) for f in (0.25, 0.5)]

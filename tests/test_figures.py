@@ -451,6 +451,13 @@ def test_images_without_labels_or_views_have_no_generations(tmp_path, unsaved):
     assert files == [f"run-{name}.png" for name in ("joint", "relatedness", "training")]
 
 
+def test_a_table_beside_an_image_is_not_drawn_as_one(tmp_path, monkeypatch, unsaved):
+    monkeypatch.setattr(figures, "posterior_distances", lambda *_: [])
+    table = data.Split([toy().test.bases[0], torch.rand(300, 4)])
+    _, failed, files = drawn(tmp_path, toy()._replace(train=table, test=table, views={}), {})
+    assert files == ["run-training.png"] and not failed
+
+
 def test_without_complete_rows_nothing_is_generated(tmp_path, unsaved):
     mask = torch.tensor([[True, False], [False, True]]).repeat(150, 1)
     rows, failed, files = drawn(tmp_path, toy()._replace(test_mask=mask))

@@ -148,6 +148,26 @@ def load(dataset, root, **options):
     return oracles.load_oracle(dataset, "image", root, **{"steps": 2} | options)
 
 
+def test_an_oracle_is_trained_on_training_images_and_tested_on_the_others(tmp_path, monkeypatch):
+    dataset, used = halves(), []
+
+    class Always(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x),), 3), torch.zeros(len(x))
+
+    def train_oracle(split, *settings, report):
+        used.append((split, *settings))
+        return Always()
+
+    monkeypatch.setattr(oracles, "train_oracle", train_oracle)
+    _, accuracy = load(dataset, tmp_path, seed=5)
+    ((split, *settings),) = used
+    assert split is dataset.train and settings == [dataset.views["image"], 2, 5]
+    assert accuracy == (dataset.test.labels == 3).double().mean() != (
+        dataset.train.labels == 3
+    ).double().mean()
+
+
 def test_a_cached_oracle_is_the_trained_one(tmp_path, monkeypatch):
     dataset, x = halves(), torch.rand(5, 1, 28, 28)
     trained, accuracy = load(dataset, tmp_path)
