@@ -229,6 +229,10 @@ def test_relatedness_has_histograms_distances_and_a_tree(shown):
         ("digit", "mean W2 of two groups"),
     ]
     assert sorted(tick.get_text() for tick in axes[2].get_xticklabels()) == list("0123")
+    pairs = distances_of(("a", "b"), ("a", "c"))
+    means = [figures.class_means(d, labels) for _, d, labels in pairs]
+    limits = np.min(means), np.max(means)
+    assert axes[1].images[0].get_clim() == axes[4].images[0].get_clim() == limits
     matrix = axes[1].images[0].get_array()
     assert np.allclose(matrix, figures.class_means(*distances_of(("a", "b"))[0][1:]))
 
@@ -399,8 +403,13 @@ def test_pictures_have_the_examples_of_the_metrics(tmp_path, monkeypatch, unsave
     found, dataset, model = [], toy(n=1200), Perfect(SHAPES)
     monkeypatch.setattr(figures, "relatedness", lambda pairs, *_: found.append(pairs[0][1]))
     run, streams = run_of(model), dataset.streams()
+    samples = []
+    monkeypatch.setattr(figures, "page", lambda rows, *_: samples.append(rows[0].digits))
     for seed in (5, 6):
         figures.draw(run, dataset, READERS, tmp_path, seed, streams)
+        torch.manual_seed(seed)  # what comes first: samples of p(z)
+        (first, *_) = figures.joint_samples(model, dataset, READERS)
+        assert torch.equal(samples[-2], first.digits)
         torch.manual_seed(seed)
         assert np.array_equal(found[-1], posterior_distances(model, dataset)[0][1])
     assert not np.array_equal(*found)

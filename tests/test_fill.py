@@ -527,7 +527,7 @@ def test_unsuitable_arrays_are_refused(mixed, tmp_path, change):
 
 def test_a_refusal_comes_before_the_work(mixed, monkeypatch, tmp_path):
     path, out = paths(tmp_path)
-    np.savez(path, kind=np.full(3, 4))
+    np.savez(path, kind=np.array([0, 4, 1]))
     monkeypatch.setattr(fill, "posterior_batches", None)
     with pytest.raises(ValueError, match="kind must be below 4, as in training, not 4"):
         fill.fill(mixed[2], path, out)

@@ -552,6 +552,11 @@ def test_features_of_a_regression_have_the_deviation_one(mixed):
     assert np.allclose(regression.design(table), expected)
     both[1:, 0] = False
     assert own.ridge_of(dataset, [modality] * 2, (0,), 1, both) is None  # one row alone
+    x = torch.arange(90).reshape(30, 3) ** 2  # deviations of 2,300 to 2,400
+    dataset = dataset._replace(train=data.Split([x, x]), test=data.Split([x, x]))
+    both = torch.ones(30, 2, dtype=torch.bool)
+    copy = own.ridge_of(dataset, [modality] * 2, (0,), 1, both)(torch.arange(30))
+    assert np.allclose(copy, x, rtol=0.01, atol=100)
 
 
 def test_ridge_of_many_rows_is_fitted_to_some(monkeypatch):

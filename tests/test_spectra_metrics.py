@@ -252,6 +252,9 @@ def test_the_figure_has_spectra_bits_and_predictions(known, shown):
     depths = np.array([segment[1, 1] for segment in predicted.get_segments()])
     assert depths == pytest.approx(-(0.1 + 0.8 * bits[2]).numpy(), abs=1e-3)
     assert left.get_ylabel() and right.get_ylabel() and axes[3].get_xlabel()
+    (legend,) = right.figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["bits of the molecule", "predicted p(bit)"]
 
 
 def test_top_k_curves_are_means_over_seeds(shown):

@@ -264,6 +264,7 @@ def test_notes_name_what_the_numbers_depend_on():
     assert "K = 50, 1 test example, spread" in text and "K = 1,000, 100 test examples" in text
     assert "MEME's p(z) is trained by single modalities" in text and "pseudo-likelihood" in text
     plain = result() | {"pseudo": False, "oracle": {}}
+    del plain["prior"]  # of cub and spectra
     del plain["log_likelihood"], plain["log_likelihood_rise"]
     assert tables.notes([plain]) == []
     for section, start in (("w2_overlap", "W2 overlap: "), ("signal_to_noise", "SNR: ")):
