@@ -114,7 +114,7 @@ MISFITS = [  # an array, the likelihood asked for, what the error says
     (np.array([0, 2**16]), None, "must hold integers from 0 to C - 1"),
     (np.array([0.0, 1.0]), None, "a class is an integer"),
     (np.full((2, 8, 8), 7.0), None, r"must hold bytes or floats in \[0, 1\]"),
-    (np.full((2, 8, 8), -0.5), None, r"must hold bytes or floats in \[0, 1\]"),
+    (np.linspace(-0.5, 1, 128).reshape(2, 8, 8), None, r"must hold bytes or floats in \[0, 1\]"),
     (np.full((2, 1), np.inf), None, "must hold numbers that are finite"),
     (np.array([[1.5], [np.inf]]), None, "must hold numbers that are finite"),
     (COUNTS, "nope", "nope"),

@@ -436,6 +436,7 @@ def test_logistic_regression_is_at_its_optimum():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(90, 120)), rng.integers(0, 4, 90)
     weights, intercept = own.logistic(x, y, 5)
+    assert weights.dtype == intercept.dtype == np.float64
     logits = x @ weights + intercept
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)

@@ -437,7 +437,9 @@ def test_the_papers_rows_stand_under_ours():
         (dict(), {"mnist→svhn": "0.625", "latent mnist": "0.908", "MI mnist": "0.075"}),
         (dict(paired=0.25), {"mnist→svhn": "0.503", "latent mnist": "0.893", "MI mnist": None}),
         (dict(paired=0.25, unpaired="mnist"), {"mnist→svhn": "0.485", "MI mnist": "0.101"}),
-        (dict(paired=0.125, unpaired="svhn"), {"MI svhn": "–"}),
+        (dict(paired=0.5), {"latent mnist": "0.914"}),
+        (dict(paired=0.125, unpaired="svhn"), {"MI svhn": "–", "latent mnist": "0.815"}),
+        (dict(paired=0.0625), {"latent mnist": "0.856", "latent svhn": "0.316"}),
         (dict(paired=0.25, unpaired="none"), {"mnist→svhn": None}),  # in a figure alone
         (dict(paired=0.3), {"mnist→svhn": None}),
         (dict(options={"direction": "mnist"}), {"mnist→svhn": None}),
