@@ -180,9 +180,13 @@ def test_points_are_means_with_deviations_side_by_side(shown):
 
 
 def test_points_of_near_ticks_stay_apart(shown):
-    results = [result(m, paired=f) for m in ("MEME", "MVAE", "SVAE") for f in (1 / 64, 0.5, 0.6)]
-    lines = [points.get_xdata() for points, _, _ in curve_axes(shown, results).axes[0].containers]
-    assert max(x[1] for x in lines) < min(x[2] for x in lines)
+    fractions = (0.6, 1 / 64, 0.5, 1, 0.1, 0.25, 0.125)
+    results = [result(m, paired=f) for m in ("MEME", "MVAE", "SVAE") for f in fractions]
+    ax = curve_axes(shown, results).axes[0]
+    assert ax.get_xticks() == pytest.approx(np.log10(sorted(fractions)))
+    lines = [points.get_xdata() for points, _, _ in ax.containers]
+    for k in range(len(fractions) - 1):
+        assert max(x[k] for x in lines) < min(x[k + 1] for x in lines)
 
 
 def with_coherence(shares):
