@@ -53,7 +53,9 @@ def tables(text):
 
 @functools.cache
 def results(name):
-    return [json.loads(line) for line in RESULTS[name].read_text(encoding="utf-8").splitlines()]
+    """The lines of a file; the options of a model stand beside the other flags of its run."""
+    lines = map(json.loads, RESULTS[name].read_text(encoding="utf-8").splitlines())
+    return [line | {"run": line["run"]["options"] | line["run"]} for line in lines]
 
 
 def name_of(result):
