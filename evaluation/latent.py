@@ -1,5 +1,5 @@
-"""What needs no oracle: distances of posteriors, points of z, ratios of the gradient ([meme] Figs. 8 to
-10, 19, 20).
+"""Distances between posteriors, points of z and ratios of the gradient, for which no oracle is needed
+([meme] Figs. 8 to 10, 19 and 20).
 
 Shapes: N examples, L latent dimensions, M modalities.
 """
