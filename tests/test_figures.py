@@ -439,15 +439,18 @@ def test_samples_of_an_untrained_prior_are_called_so(tmp_path, monkeypatch, unsa
 def test_a_label_is_called_what_it_is(tmp_path, monkeypatch, unsaved):
     words, points = [], []
     monkeypatch.setattr(figures, "MOST_POINTS", 92)  # of all three modalities
+    for other in ("joint_samples", "page"):
+        monkeypatch.setattr(figures, other, lambda *_: None)
     monkeypatch.setattr(figures, "relatedness", lambda pairs, word, *_: words.append(word))
     monkeypatch.setattr(figures, "latent_map", lambda z, *_: points.append(len(z)))
     dataset = toy("mnist-split3")
     unlabelled = data.Split(dataset.test.bases)
     model = Perfect([x.shape[1:] for x in dataset.test.bases])
     for each, oracles in (dataset, READERS), (dataset, {}), (dataset._replace(test=unlabelled), {}):
-        run, streams = run_of(model), each.streams()
-        monkeypatch.setattr(figures, "joint_samples", None)  # not of this test
-        figures.draw(run, each, oracles, tmp_path, 0, streams)
+        _, failed = figures.draw(
+            run_of(model, model="MVAE"), each, oracles, tmp_path, 0, each.streams()
+        )
+        assert not failed
     assert words == ["digit", "row label", "example"]
     assert points == [90, 90]
 

@@ -6,6 +6,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent, Normal
 
 import data
 import nets
@@ -510,28 +511,22 @@ WRONG = {
     "greys": (dict(picture=np.full((180, 8, 10), 2.0)), "bytes or floats in [0, 1]"),
     "no bits": (dict(bits=np.full((180, 3), 2)), "must hold 0 and 1"),
     "no counts": (dict(counts=np.full((180, 2), 0.5)), "whole numbers from 0 on"),
-    "no class": (dict(kind=np.full(180, 4)), "must be below 4"),
+    "no class": (dict(kind=np.arange(180) % 5), "must be below 4, as in training, not 4"),
 }
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_unsuitable_arrays_are_refused(mixed, tmp_path, change):
+def test_unsuitable_arrays_are_refused_before_the_work(mixed, monkeypatch, tmp_path, change):
     test, _, model = mixed
     (arrays_, expected), (path, out) = WRONG[change], paths(tmp_path)
     np.savez(path, **test | arrays_)
-    with pytest.raises(ValueError) as error:
-        fill.check(model, path, out)
-    assert expected in str(error.value)
-    assert str(path) in str(error.value) or change == "a hidden row"
-
-
-def test_a_refusal_comes_before_the_work(mixed, monkeypatch, tmp_path):
-    path, out = paths(tmp_path)
-    np.savez(path, kind=np.array([0, 4, 1]))
     monkeypatch.setattr(fill, "posterior_batches", None)
-    with pytest.raises(ValueError, match="kind must be below 4, as in training, not 4"):
-        fill.fill(mixed[2], path, out)
-    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError) as error:
+        fill.fill(model, path, out)
+    assert (
+        expected in str(error.value) and str(path) in str(error.value) or change == "a hidden row"
+    )
+    assert expected in str(error.value) and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_input_without_modalities_is_refused(mixed, tmp_path):
@@ -602,3 +597,17 @@ def test_wide_tables_take_fewer_residuals(monkeypatch):
         120,
         3,
     )
+
+
+def test_intervals_of_a_biased_posterior_still_cover(tmp_path):
+    """Residuals are those of the run, whatever its posterior."""
+    model, dataset = exact((5, 4))
+    model.posterior = lambda *xs: Independent(
+        Normal(torch.zeros(next(len(x) for x in xs if x is not None), 2), 0.05), 1
+    )
+    new = model.examples(2000, 4)
+    given, x = {"x1": new.bases[1].numpy()}, new.bases[0].numpy()
+    for level in (0.9, 0.6):
+        written, _ = filled(model, tmp_path, given, dataset=dataset, level=level)
+        inside = (written["x0_low"] <= x) & (x <= written["x0_high"])
+        assert inside.mean() == pytest.approx(level, abs=0.03)

@@ -375,6 +375,19 @@ def test_test_rows_need_not_show_everything():
     assert "ridge_r2" not in found and not own.feature_scores(model, dataset)
 
 
+def test_examples_may_share_a_row_of_a_base():
+    model, dataset = exact((3, 2, 2), n=120)
+    rows, found = [torch.arange(120) // (1 + m) for m in range(3)], []
+    for split in (dataset.train, dataset.test):
+        shared = data.Split([base[: 120 // (1 + m)] for m, base in enumerate(split.bases)], rows)
+        whole = data.Split([base[row] for base, row in zip(split.bases, rows)])
+        found.append((shared, whole))
+    (train, whole_train), (test, whole_test) = found
+    found = own.evaluate(model, dataset._replace(train=train, test=test))
+    assert found == own.evaluate(model, dataset._replace(train=whole_train, test=whole_test))
+    assert found != own.evaluate(model, dataset)
+
+
 # ------------------------------------------------------------------------------- linear baselines
 
 
@@ -443,6 +456,9 @@ def test_logistic_regression_is_at_its_optimum():
     surplus = p - np.eye(5)[y]
     assert np.abs(x.T @ surplus + weights).max() < 1e-3  # C = 1: the sum of log losses + |w|²/2
     assert np.abs(surplus[:, :4].sum(0)).max() < 1e-3 and np.abs(weights).max() > 0.05
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    theirs = linear_model.LogisticRegression(tol=1e-8, max_iter=2000).fit(x, y)
+    assert np.allclose(theirs.predict_proba(x), p[:, :4], atol=1e-3)
 
 
 def design(kept, source, rows, test_rows):
@@ -507,6 +523,20 @@ def test_ridge_is_not_fitted_to_targets_that_training_hid():
         assert found["ridge_r2"][key] == pytest.approx(same["ridge_r2"][key], abs=1e-9)
     key = "training mean->x2"
     assert found["regenerated_r2"][key] == pytest.approx(same["regenerated_r2"][key], abs=1e-9)
+
+
+def test_inputs_that_training_hid_are_at_their_mean():
+    mask = torch.ones(200, 3, dtype=torch.bool)
+    mask[::2, 0] = False  # these rows show x1 and the target x2
+    model, dataset = exact((3, 4, 2), n=200, mask=mask)
+    found = own.evaluate(model, dataset)["ridge_r2"]
+    bases = [base.clone() for base in dataset.train.bases]
+    bases[0][::2] = 1000.0
+    assert own.evaluate(model, dataset._replace(train=data.Split(bases)))["ridge_r2"] == found
+    bases[0][::2] = bases[0][1::2].mean(0)
+    filled = dataset._replace(train=data.Split(bases), mask=None)
+    filled = own.evaluate(model, filled)["ridge_r2"]["the others->x2"]
+    assert found["the others->x2"] == pytest.approx(filled, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed, unpaired", [(1, "x0"), (7, "rest")])
@@ -593,6 +623,14 @@ def test_feature_scores_average_to_the_metrics(mixed, metrics):
         for key, prefix in (("model", "regenerated"), ("ridge", "ridge")):
             expected = metrics[f"{prefix}_{section}"][f"the others->{name}"]
             assert scores[key].mean() == pytest.approx(expected)
+
+
+def test_of_two_modalities_features_come_from_the_other():
+    model, dataset = exact((3, 2), n=80)
+    found, metrics = own.feature_scores(model, dataset), own.evaluate(model, dataset)
+    assert found["x1"]["model"].mean() == pytest.approx(metrics["regenerated_r2"]["x0->x1"])
+    assert found["x0"]["ridge"].mean() == pytest.approx(metrics["ridge_r2"]["x1->x0"])
+    assert not any("the others" in key for key in metrics["regenerated_r2"])
 
 
 def test_wide_tables_are_decoded_in_blocks(monkeypatch):
