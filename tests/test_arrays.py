@@ -103,7 +103,7 @@ CHOSEN = [  # an array, the likelihood asked for, the kind that follows
     (DARK, "laplace", "greys"), (DARK > 0, "bernoulli", "bits"),
 ]  # fmt: skip
 MISFITS = [  # an array, the likelihood asked for, what the error says
-    (COUNTS / 2, "poisson", "must hold whole numbers .* or name another likelihood"),
+    (COUNTS / 2, "poisson", "must hold whole numbers from 0 on.* or name another likelihood"),
     (REAL, "poisson", "must hold whole numbers from 0 on"),
     (np.array([[1.0], [np.inf]]), "poisson", "must hold whole numbers from 0 on"),
     (COUNTS, "bernoulli", r"must hold bytes or floats in \[0, 1\]"),
